@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import enum
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 
 _WORD = (1 << 64) - 1
 
@@ -31,15 +33,28 @@ class Stream(enum.IntEnum):
     ORDER_LIST = 9
 
 
+class _Key(ISeedSequence):
+    """Philox's key, word for word, in the guise of a seed: with ``Philox(key=...)`` numpy first asks the operating
+    system for entropy, only to throw it away, which takes longer than the numbers of a short row.
+    """
+
+    def __init__(self, *words: int) -> None:
+        self._words = np.array(words, dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        assert n_words == len(self._words) and dtype is np.uint64, "numpy's Philox asks for its key"
+        return self._words
+
+
 def random_words(seed: int, stream: Stream, sample_id: int, mc_id: int, count: int) -> np.ndarray:
     """The first ``count`` random words, uint64 [count], of the sequence that the other arguments name.
 
     The generator's raw output, not that of ``Generator`` methods, whose algorithms numpy may change between versions.
     ``seed``, ``sample_id`` and ``mc_id`` are taken modulo 2^64.
     """
-    key = np.array([seed & _WORD, int(stream)], dtype=np.uint64)
     counter = np.array([0, mc_id & _WORD, sample_id & _WORD, 0], dtype=np.uint64)  # word 0 counts the blocks of four
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
+    key: Any = _Key(seed & _WORD, int(stream))  # numpy's own annotations do not know of its seed interface
+    return np.random.Philox(key, counter=counter).random_raw(count)
 
 
 def uniforms(seed: int, stream: Stream, sample_id: int, mc_id: int, count: int) -> np.ndarray:
