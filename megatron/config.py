@@ -18,6 +18,9 @@ from megatron import config_checks
 from megatron.errors import UserError
 from megatron.options import Options, flag_of, is_default, option
 
+FETCH_GPT2 = "python tools/fetch_gpt2_vocab.py puts GPT-2's files into utils/data"
+"""The remedy for a missing vocabulary."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Options):
@@ -351,7 +354,8 @@ class TokenizerConfig(Options):
         for tokenizer_type, files in needed.items():
             for flag, value in files.items():
                 if tokenizer_type == self.tokenizer_type and value is None:
-                    raise UserError(f"--tokenizer-type {self.tokenizer_type} needs {flag}")
+                    hint = f"; {FETCH_GPT2}" if tokenizer_type == "GPT2BPETokenizer" else ""
+                    raise UserError(f"--tokenizer-type {self.tokenizer_type} needs {flag}{hint}")
                 if tokenizer_type != self.tokenizer_type and value is not None:
                     raise UserError(f"{flag} needs --tokenizer-type {tokenizer_type}, not {self.tokenizer_type}")
 

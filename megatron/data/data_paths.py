@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.config import DataConfig
@@ -80,15 +80,22 @@ def read_data_path_file(path: str, flag: str) -> tuple[Source, ...]:
         raise UserError(f"{flag}: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{flag}: {path} is no text file ({error.reason} at byte {error.start})") from error
-    sources = list(_sources_of_lines(lines, path))
+    sources: list[Source] = []
+    for number, found in _sources_of_lines(lines, path):
+        sources += found
+        if (sources[0].weight is None) != (found[0].weight is None):
+            words = ("has a weight", "has none") if sources[0].weight is None else ("has no weight", "has one")
+            raise UserError(
+                f"{flag}: {path}, line {number}: {found[0].prefix!r} {words[0]} and {sources[0].prefix!r} {words[1]}: "
+                "give all of them or none"
+            )
     if not sources:
         raise UserError(f"{flag}: {path} names no data: write pairs of weight and prefix, one a line")
-    if len({source.weight is None for source in sources}) > 1:
-        raise UserError(f"{flag}: {path} has prefixes with and without a weight: give all of them or none")
     return tuple(sources)
 
 
-def _sources_of_lines(lines: Iterable[str], path: str) -> Iterable[Source]:
+def _sources_of_lines(lines: Iterable[str], path: str) -> Iterator[tuple[int, tuple[Source, ...]]]:
+    """Line numbers and what the lines name; lines that name nothing are left out."""
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
@@ -96,7 +103,7 @@ def _sources_of_lines(lines: Iterable[str], path: str) -> Iterable[Source]:
             words = shlex.split(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error} (quotes as in a shell)") from error
-        yield from parse_data_path(words, f"{path}, line {number}")
+        yield number, parse_data_path(words, f"{path}, line {number}")
 
 
 def _divide(item: str) -> tuple[str, ...]:

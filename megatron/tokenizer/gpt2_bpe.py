@@ -8,11 +8,11 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from megatron.config import FETCH_GPT2
 from megatron.errors import UserError
 from megatron.tokenizer.fast import FastTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-FETCH = "python tools/fetch_gpt2_vocab.py puts GPT-2's files into utils/data"
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
@@ -24,9 +24,9 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     try:
         vocabulary = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--vocab-file {path}: {error.strerror}; {FETCH}") from error
+        raise UserError(f"--vocab-file {path}: {error.strerror}; {FETCH_GPT2}") from error
     except ValueError as error:
-        raise UserError(f"--vocab-file {path}: not a JSON file ({error}); {FETCH}") from error
+        raise UserError(f"--vocab-file {path}: not a JSON file ({error}); {FETCH_GPT2}") from error
     if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
         raise UserError(f"--vocab-file {path}: must be a JSON object that maps tokens to ids, as GPT-2's vocab.json")
     if END_OF_TEXT not in vocabulary:
@@ -43,9 +43,9 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(), whose other separators merges may hold
     except OSError as error:
-        raise UserError(f"--merge-file {path}: {error.strerror}; {FETCH}") from error
+        raise UserError(f"--merge-file {path}: {error.strerror}; {FETCH_GPT2}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--merge-file {path}: not UTF-8 text ({error}); {FETCH}") from error
+        raise UserError(f"--merge-file {path}: not UTF-8 text ({error}); {FETCH_GPT2}") from error
     merges = []
     for number, line in enumerate(lines, start=1):
         line = line.removesuffix("\r")
@@ -53,7 +53,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
             continue
         pieces = line.split(" ")
         if len(pieces) != 2:
-            raise UserError(f"--merge-file {path}, line {number}: expected two pieces separated by a space; {FETCH}")
+            raise UserError(f"--merge-file {path}, line {number}: expected two pieces and a space between; {FETCH_GPT2}")
         merges.append((pieces[0], pieces[1]))
     return merges
 

@@ -53,7 +53,8 @@ def test_prefixes_without_weights(tmp_path: Path) -> None:
     ("inf data/a\n", "line 1", "weight inf"),
     ('1.0 "data/a\n', "line 1", "No closing quotation"),
     ("data/a 1.0\n", "line 1", "'data/a' has no weight"),
-    ("1.0 data/a\ndata/b\n", "", "with and without a weight"),
+    ("1.0 data/a\n\n# b has none\ndata/b\n", "line 4", "'data/b' has no weight and 'data/a' has one"),
+    ("data/a data/c\n.5 data/b\n", "line 2", "'data/b' has a weight and 'data/a' has none"),
     ("# nothing\n", "", "names no data"),
     ("", "", "names no data"),
 ])
