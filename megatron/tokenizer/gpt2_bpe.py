@@ -53,7 +53,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
             continue
         pieces = line.split(" ")
         if len(pieces) != 2:
-            raise UserError(f"--merge-file {path}, line {number}: expected two pieces and a space between; {FETCH_GPT2}")
+            raise UserError(f"--merge-file {path}, line {number}: expected two pieces with one space; {FETCH_GPT2}")
         merges.append((pieces[0], pieces[1]))
     return merges
 
