@@ -1,29 +1,24 @@
-"""A working copy of the repository made of links, so that scripts write nothing into the real one, and dry runs."""
+"""Dry runs, and scripts run in a working copy of the repository, so that they write nothing into the real one."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from working_copy import make_working_copy, script_environment
 
 from megatron import budget
 from megatron.arguments import parse_arguments
 from megatron.config import RunConfig
 from megatron.errors import UserError
-
-# What a user's shell may hold and a test must not inherit.
-_CLEARED = re.compile(r"SLURM_|NCCL_|TORCHELASTIC_|MASTER_|NNODES|NODE_RANK|NUM_GPUS|LAUNCHER|CUDA_VISIBLE|OMP_")
-_CLEARED_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "DRY_RUN", "SMOKE", "PYTHON", "OUTPUT_DIR", "VARIANT"}
 
 
 @dataclass(frozen=True)
@@ -79,21 +74,11 @@ class Sandbox:
     def __init__(self, path: Path, repository: Path, answers: Path) -> None:
         self.path = path
         self.answers = answers
-        path.mkdir()
-        for name in ("examples_training", "utils", "megatron", "tools"):
-            (path / name).symlink_to(repository / name)
-        for file in repository.glob("pretrain_*.py"):
-            (path / file.name).symlink_to(file)
-        # No GPU, whatever machine this is; tests that need some put an nvidia-smi of their own before this one.
-        (path / "no_gpu").mkdir()
-        (path / "no_gpu" / "nvidia-smi").write_text("#!/bin/sh\n", encoding="utf-8")
-        (path / "no_gpu" / "nvidia-smi").chmod(0o755)
+        make_working_copy(path, repository)
 
     def environment(self, settings: Mapping[str, str] | None = None) -> dict[str, str]:
         """This process's environment without launchers' variables, with this Python, and ``settings``."""
-        kept = {k: v for k, v in os.environ.items() if not _CLEARED.match(k) and k not in _CLEARED_NAMES}
-        search = f"{self.path / 'no_gpu'}:{os.environ['PATH']}"
-        return {**kept, "PATH": search, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **(settings or {})}
+        return script_environment(self.path, settings)
 
     def bash(self, *command: str, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run ``bash command...`` here (or in ``cwd``) with the given environment variables."""
