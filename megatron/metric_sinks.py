@@ -6,6 +6,7 @@ import netrc
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -41,6 +42,12 @@ class Console:
         """Move the bar to ``iteration`` finished steps."""
         if self._bar is not None:
             self._bar.update(iteration - self._bar.n)
+
+    def pause(self, seconds: float) -> None:
+        """Leave the last ``seconds`` out of the bar's rate, from which it estimates what is left."""
+        if self._bar is not None:
+            # tqdm divides the steps since it last printed by the time since then.
+            self._bar.last_print_t = min(self._bar.last_print_t + seconds, time.time())
 
     def log(self, text: str) -> None:
         """Print a line above the bar."""

@@ -127,6 +127,11 @@ class MetricsWriter:
         if self._console is not None:
             self._console.progress(iteration)
 
+    def pause(self, seconds: float) -> None:
+        """Say that the last ``seconds`` were no training (a validation, a save): the bar's estimate leaves them out."""
+        if self._console is not None:
+            self._console.pause(seconds)
+
     def train(self, record: TrainRecord) -> None:
         """Write a training step."""
         self._write(record)

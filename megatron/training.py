@@ -277,8 +277,9 @@ class Loop:
         """Measure the current weights on one data set and write the result."""
         if validator is None:
             return None
-        with self.interval.paused():
+        with self.interval.paused() as pause:
             measurement = validator.measure(self.run.engine)
+        self.metrics.pause(pause.seconds)
         is_best = kind == "valid" and measurement.loss < self.lowest_loss
         if is_best:
             self.lowest_loss = measurement.loss
@@ -323,12 +324,12 @@ class Loop:
                 "engine": self.run.engine.layout,
             },
         )
-        with self.interval.paused():
-            began = time.perf_counter()
+        with self.interval.paused() as pause:
             self.store.save(self.run.engine.save, metadata, self.topology)
             self._retain()
+        self.metrics.pause(pause.seconds)
         self.saved_at = progress.iteration
-        self.metrics.meta("saved", progress.iteration, tag=metadata.tag, seconds=round(time.perf_counter() - began, 3))
+        self.metrics.meta("saved", progress.iteration, tag=metadata.tag, seconds=round(pause.seconds, 3))
 
     def _retain(self) -> None:
         """Delete the checkpoints that need not stay."""
@@ -436,12 +437,15 @@ class Interval:
 class _Paused:
     interval: Interval
     began: float = 0.0
+    seconds: float = 0.0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Paused:
         self.began = time.perf_counter()
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.interval._paused += time.perf_counter() - self.began
+        self.seconds = time.perf_counter() - self.began
+        self.interval._paused += self.seconds
 
 
 def _validation_losses(store: CheckpointStore, iteration: int) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron import metric_sinks
 from megatron.config import CheckpointConfig, LoggingConfig
 from megatron.distributed.topology import Grid, Topology, single_process_topology
 from megatron.errors import UserError
@@ -524,6 +526,34 @@ def test_a_terminal_shows_a_bar_and_no_step_lines() -> None:
     assert "MDM:" in shown and "7/100" in shown and "loss 3.93" in shown and "2,048 tokens/s" in shown
     assert "consumed samples" not in shown
     assert "a remark\r\n" in shown and "validation loss at iteration 7" in shown
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_validation_does_not_lengthen_what_is_left(monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    """A step a second, and 100 seconds of validation after step 9: at step 10 of 100 there are 90 seconds left. A bar
+    that is not told of the validation expects far more.
+    """
+    now = 1000.0
+    monkeypatch.setattr(metric_sinks, "time", types.SimpleNamespace(time=lambda: now))
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    console = metric_sinks.Console(100)
+    bar = console._bar
+    bar._time, bar.start_t, bar.last_print_t = (lambda: now), now, now
+    for step in range(1, 11):
+        now += 1
+        console.progress(step)
+        if step == 9:
+            now += 100
+            if told:
+                console.pause(100)
+    left = (100 - 10) / bar.format_dict["rate"]
+    console.close()
+    if told:
+        assert left == pytest.approx(90)
+    else:
+        assert left > 400
 
 
 def test_a_terminal_with_redirected_output_shows_the_bar_and_files_the_lines(tmp_path: Path) -> None:
