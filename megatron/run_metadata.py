@@ -152,9 +152,12 @@ def check_compatible(
 def changed_settings(saved: CheckpointMetadata, config: RunConfig) -> list[str]:
     """Return ``flag old -> new`` for every setting that differs from the checkpoint's, paths and intervals left out.
 
-    Changing them is allowed, but never silent: the caller prints them.
+    Changing them is allowed, but never silent: the caller prints them. What the checkpoint does not record (imported
+    weights say nothing of optimizer and data) has not changed, and what ``shape`` holds has been compared, resolved.
     """
-    return _differences(_by_flag(saved.config), _by_flag(to_dict(config)))
+    old, new = _by_flag(saved.config), _by_flag(to_dict(config))
+    recorded = [flag for flag in old if flag not in saved.shape]
+    return _differences({flag: old[flag] for flag in recorded}, {flag: new[flag] for flag in recorded})
 
 
 def read_metadata(checkpoint: Path) -> CheckpointMetadata:
@@ -256,13 +259,13 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _by_flag(config: Mapping[str, Any]) -> dict[str, Any]:
-    """flag -> value of the settings in a configuration's JSON that make a run what it is."""
+    """flag -> value of the settings in a configuration's JSON that make a run what it is; no others than are there."""
     found = {}
     for concern, cls in concern_types().items():
         if concern in ("checkpoint", "logging"):
             continue
         values = config.get(concern, {})
         for setting in dataclasses.fields(cls):
-            if setting.name not in _NOT_COMPARED:
-                found[flag_of(setting)] = values.get(setting.name)
+            if setting.name in values and setting.name not in _NOT_COMPARED:
+                found[flag_of(setting)] = values[setting.name]
     return found

@@ -23,6 +23,11 @@ from megatron.run_metadata import METADATA_FILE, CheckpointMetadata, git_commit,
 from megatron.tokenizer import Tokenizer, Vocabulary, build_tokenizer
 
 OBJECTIVES: Final = ("ar", "mdm")
+_OF_TRAINING: Final = frozenset((
+    "attention_dropout", "hidden_dropout", "checkpoint_activations", "recompute_granularity", "recompute_method",
+    "recompute_num_layers",
+))
+"""Settings of the model that weights alone do not tell."""
 Concern = TypeVar("Concern", bound=Options)
 
 
@@ -218,7 +223,7 @@ def save_weights(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output {target} exists already: name a new directory")
     config: dict[str, Any] = {
-        "model": dataclasses.asdict(model),
+        "model": {name: value for name, value in dataclasses.asdict(model).items() if name not in _OF_TRAINING},
         "objective": {"objective": objective},
         "batch": {"seq_length": seq_length},
     }

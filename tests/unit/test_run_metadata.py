@@ -178,7 +178,20 @@ def test_settings_of_another_version_do_not_break_the_report() -> None:
     saved = saved_by(run_config())
     older = replace(saved, config={name: dict(value) for name, value in saved.config.items() if name != "given"})
     del older.config["optimizer"]["lr"]
-    assert changed_settings(older, run_config()) == ["--lr None -> 0.001"]
+    older.config["optimizer"]["gone_since"] = 1
+    assert changed_settings(older, run_config()) == []
+
+
+def test_imported_weights_have_no_settings_that_could_have_changed() -> None:
+    saved = saved_by(run_config())
+    # As ``inference.loading.save_weights`` writes it: sizes resolved, nothing of optimizer, data and schedule.
+    model = {name: saved.config["model"][name] for name in ("num_layers", "hidden_size", "max_position_embeddings")}
+    config = {"model": model | {"ffn_hidden_size": 128, "kv_channels": 16}, "batch": {"seq_length": 16}}
+    imported = replace(saved, config=config)
+    assert saved.config["model"]["ffn_hidden_size"] is None and saved.shape["--ffn-hidden-size"] == 128
+    assert changed_settings(imported, run_config()) == ["--seq-length 16 -> 32"]
+    longer = run_config(seq_length=16, max_position_embeddings=128)
+    assert changed_settings(imported, longer) == ["--max-position-embeddings 64 -> 128"]
 
 
 def test_the_commit_is_that_of_the_working_tree(repository: Path) -> None:
