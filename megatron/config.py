@@ -477,8 +477,19 @@ class LoggingConfig(Options):
     wandb_exp_name: str | None = option("Weights & Biases run name", None)
     wandb_save_dir: str | None = option("Weights & Biases directory", None)
     wandb_group: str | None = option("Weights & Biases group", None)
+    profile: bool = option("profile some steps of rank 0: a trace and the shares of the step", False)
+    profile_step_start: int = option("first step that is profiled", 10, at_least=1)
+    profile_step_end: int = option("first step that is not profiled any more", 12, at_least=2)
+    profile_dir: str | None = option("where --profile writes trace.json.gz and shares.json", None)
 
     def _check(self) -> None:
+        if self.profile and self.profile_dir is None:
+            raise UserError("--profile needs --profile-dir, the directory to write to")
+        if self.profile and self.profile_step_end <= self.profile_step_start:
+            raise UserError(
+                f"--profile-step-end {self.profile_step_end} is not above --profile-step-start "
+                f"{self.profile_step_start}: no step would be profiled"
+            )
         for setting in dataclasses.fields(self):
             if is_default(self, setting):
                 continue
@@ -488,6 +499,8 @@ class LoggingConfig(Options):
                 raise UserError(f"{flag_of(setting)} needs --tensorboard-dir")
             if setting.name.startswith("wandb_") and self.wandb_project is None:
                 raise UserError(f"{flag_of(setting)} needs --wandb-project")
+            if setting.name.startswith("profile_") and not self.profile:
+                raise UserError(f"{flag_of(setting)} needs --profile")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.profiler import record_function
 
 from megatron.config import ModelConfig, RunConfig
 from megatron.deepspeed_json import deepspeed_config, offloads_optimizer
@@ -29,6 +30,7 @@ from megatron.errors import UserError
 from megatron.inference.weights import WEIGHT, find_state, own_part
 from megatron.objectives.base import Batch
 from megatron.optimizer import build_optimizer
+from megatron.trace_shares import OPTIMIZER
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Engine:
             loss = _forward(engine, batch)
             engine.backward(loss / micro_batches, scale_wrt_gas=False)
             losses.append(loss.detach())
-        engine.step()
+        with record_function(OPTIMIZER):
+            engine.step()
         return self._result(torch.stack(losses).mean(), torch.stack(counted).mean(), losses, sample_ids)
 
     def _prepare_step(self, micro_batches: int, learning_rate: float) -> None:

@@ -30,9 +30,11 @@ from megatron.errors import OneRankError, UserError
 from megatron.evaluation import Measurement, Validator
 from megatron.initialize import initialize, shut_down
 from megatron.metrics import MetricsError, MetricsWriter, TrainRecord, ValidationRecord, metrics_path
+from megatron.profiling import StepProfiler, in_words
 from megatron.run import Run, banner, set_up
 from megatron.run_metadata import Validation, describe_run
 from megatron.stopping import StopController
+from megatron.trace_shares import Shares
 
 EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
@@ -148,6 +150,8 @@ class Loop:
         self.lowest_loss = min(self.best_losses, default=math.inf)  # of all measurements, saved or not
         self.saved_at = run.progress.iteration
         self.bad_steps_in_a_row = 0
+        with agree_on_error(self.topology):
+            self.profiler = StepProfiler(self.config.logging, self.topology, run.vocabulary, self.profiled)
 
     def train(self) -> None:
         """Step until the samples are used up, then measure and save; or until a stop is agreed on, then save."""
@@ -159,8 +163,11 @@ class Loop:
         batches = LockstepBatches(stream, self.config.batch.micro_batch_size, self.config.batch.seq_length)
         reason, last = None, False
         while reason is None and not last:
+            self.profiler.begin_step(self.progress.iteration + 1)
             self.step(batches)
             iteration = self.progress.iteration
+            with self.interval.paused():
+                self.profiler.end_step(iteration)
             last = not self._another_step()
             if last or iteration % self.config.logging.log_interval == 0:
                 self.log()
@@ -171,6 +178,7 @@ class Loop:
                 self.save()
             reason = self.stop.should_stop(iteration)  # also after the last step: a kill switch is removed
         stream.close()
+        self.profiler.finish()
         self.log()
         self.save()
         self.metrics.meta("finished" if last else "stopped", self.progress.iteration, reason=reason)
@@ -330,6 +338,12 @@ class Loop:
         self.metrics.pause(pause.seconds)
         self.saved_at = progress.iteration
         self.metrics.meta("saved", progress.iteration, tag=metadata.tag, seconds=round(pause.seconds, 3))
+
+    def profiled(self, shares: Shares, steps: int) -> None:
+        """Write where the time of the profiled steps went."""
+        self.metrics.log(in_words(shares, steps))
+        fields = {"steps": steps, "seconds": shares.seconds, "shares": shares.shares, "collectives": shares.collectives}
+        self.metrics.meta("profiled", self.progress.iteration, **fields)
 
     def _retain(self) -> None:
         """Delete the checkpoints that need not stay."""

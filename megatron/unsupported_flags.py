@@ -65,6 +65,7 @@ _ALTERNATIVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("data files are mapped, not read ahead: drop it", ("--mmap-warmup",)),
     ("curricula and data-efficiency schedules are not supported: drop it", ("--curriculum-learning-legacy",)),
     ("use --skip-train", ("--eval-only",)),
+    ("--profile always uses PyTorch's profiler, on rank 0: drop it", ("--use-pytorch-profiler", "--profile-ranks")),
 )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.profiler import record_function
 
 from megatron.errors import UserError
 from megatron.objectives.base import Batch
+from megatron.trace_shares import DATA
 
 
 class LockstepBatches(Iterator[Batch]):
@@ -26,7 +28,8 @@ class LockstepBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self.error is None:
             try:
-                batch = next(self._batches)
+                with record_function(DATA):
+                    batch = next(self._batches)
                 self._masked = batch.attention_mask is not None
                 return batch
             except UserError as error:

@@ -187,6 +187,13 @@ WRONG: list[tuple[Any, dict[str, Any], list[str]]] = [
     (LoggingConfig, {"tensorboard_queue_size": 5}, ["--tensorboard-queue-size", "--tensorboard-dir"]),
     (LoggingConfig, {"log_timers_to_tensorboard": True}, ["--log-timers-to-tensorboard", "--tensorboard-dir"]),
     (LoggingConfig, {"wandb_group": "g"}, ["--wandb-group", "--wandb-project"]),
+    (LoggingConfig, {"profile": True}, ["--profile", "--profile-dir"]),
+    (LoggingConfig, {"profile_step_start": 3}, ["--profile-step-start", "--profile"]),
+    (
+        LoggingConfig,
+        {"profile": True, "profile_dir": "d", "profile_step_start": 12},
+        ["--profile-step-end 12", "--profile-step-start 12"],
+    ),
     (run, {"batch": batch(seq_length=65)}, ["--seq-length", "--max-position-embeddings"]),
     (run, {"objective": ObjectiveConfig(**ORDERS)}, ["--use-order-list", "--max-position-embeddings to 65"]),
     (run, {"batch": batch(train_samples=None)}, ["--train-samples", "--train-iters"]),
