@@ -1,15 +1,20 @@
 """Two steps of a tiny run through the real engine, then its DeepSpeed files and the true fp32 weights.
 
-    python save_checkpoint.py OUTPUT [--bf16]        (RANK, WORLD_SIZE, MASTER_* from the environment)
+    python save_checkpoint.py OUTPUT [fp16] [FLAGS]     (RANK, WORLD_SIZE, MASTER_* from the environment)
+
+``fp16`` without dashes is fp16 on a CPU, which PyTorch can and this program refuses, as it would take days: the files
+are those of a GPU.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron import engine as engine_module
 from megatron.arguments import parse_arguments
 from megatron.config_checks import resolve_for_world
 from megatron.engine import Engine
@@ -22,9 +27,25 @@ FLAGS = """--num-layers 2 --hidden-size 16 --num-attention-heads 2 --max-positio
  --micro-batch-size 2 --train-iters 5 --lr 1e-2 --vocab-file none --merge-file none --train-data-path none"""
 
 
-def main(output: Path, precision: list[str]) -> None:
+def allow_fp16_on_cpu() -> None:
+    """Make DeepSpeed train in fp16 here, with a dynamic loss scale that starts where nothing overflows."""
+    from deepspeed.accelerator import get_accelerator
+
+    merge = engine_module.deepspeed_config
+
+    def with_fp16(*arguments: Any) -> dict[str, Any]:
+        return merge(*arguments) | {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 6}}
+
+    engine_module.deepspeed_config = with_fp16
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+
+
+def main(output: Path, flags: list[str]) -> None:
     """Train, save, and write ``truth.pt``: the fp32 weights as DeepSpeed's own accessor gives them."""
-    config = parse_arguments("ar", FLAGS.split() + precision)
+    if "fp16" in flags:
+        allow_fp16_on_cpu()
+    config = parse_arguments("ar", FLAGS.split() + [flag for flag in flags if flag != "fp16"])
     topology = initialize(config.parallel)
     config = resolve_for_world(config, topology.world_size)
     layers = build_layers(config.model, 24, 20, causal=True)

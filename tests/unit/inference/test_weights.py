@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,14 @@ import torch
 
 from megatron.errors import UserError
 from megatron.inference.safe_load import load_file
-from megatron.inference.weights import WEIGHTS_FILE, full_weights, load_weights, own_part, write_safetensors
+from megatron.inference.weights import (
+    WEIGHTS_FILE,
+    find_state,
+    full_weights,
+    load_weights,
+    own_part,
+    write_safetensors,
+)
 from megatron.model.gpt import build_layers
 from megatron.model.sharding import SequentialGPT
 
@@ -53,6 +61,19 @@ def half_precision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def fp16(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``fp16(stage)``: a checkpoint of fp16 training with a dynamic loss scale, of two ranks, as a GPU would write."""
+    made: dict[str, Path] = {}
+
+    def make(stage: str) -> Path:
+        if stage not in made:
+            made[stage] = train(tmp_path_factory.mktemp(f"fp16_{stage}") / "run", 2, "fp16", "--zero-stage", stage)
+        return made[stage]
+
+    return make
+
+
+@pytest.fixture(scope="module")
 def full_precision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """fp32 on one rank."""
     return train(tmp_path_factory.mktemp("fp32") / "run", 1)
@@ -71,6 +92,21 @@ def test_half_precision_weights_are_the_optimizers_fp32_ones(half_precision: Pat
     rounded = load_file(half_precision / "mp_rank_00_model_states.pt")["module"]
     assert any(not torch.equal(found[name], rounded[name].float()) for name in found)
     assert all(torch.equal(found[name].bfloat16(), rounded[name]) for name in found)
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_fp16_weights_are_the_optimizers_fp32_ones(fp16: Callable[[str], Path], stage: str) -> None:
+    checkpoint = fp16(stage)
+    found = full_weights(checkpoint)
+    compare(found, checkpoint)
+    state = find_state(checkpoint, found.keys(), load_optimizer=True)
+    assert state.step == 2 and set(state.values) == {"weight", "exp_avg", "exp_avg_sq"}  # both steps were applied
+    assert all(float(value().abs().max()) > 0 for value in state.values["exp_avg"].values())
+    rounded = load_file(next(checkpoint.glob("*mp_rank_00_model_states.pt")))["module"]
+    assert {value.dtype for value in rounded.values()} == {torch.float16}
+    if stage == "1":
+        assert any(not torch.equal(found[name], rounded[name].float()) for name in found)
+        assert all(torch.equal(found[name].half(), rounded[name]) for name in found)
 
 
 def test_full_precision_weights_need_no_optimizer_files(full_precision: Path, tmp_path: Path) -> None:
