@@ -102,15 +102,21 @@ class Validator:
             dp_rank=self._topology.data_parallel_rank,
             dp_size=self._topology.data_parallel_size,
         )
-        read: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []
+        read: list[tuple[np.ndarray, np.ndarray]] = []
 
-        def remembered() -> Iterator[Batch]:
-            for item in batches:
-                read.append(item)
-                yield item[0]
+        def counted() -> Iterator[Batch]:
+            """The batches; what is to know of them besides their losses is taken down, so that none has to be kept."""
+            for batch, window_ids, valid in batches:
+                keep = valid.numpy()
+                ids = window_ids.numpy()[keep]
+                if self._topology.reports_loss:
+                    np.add.at(totals[1], ids, batch.counted.double().numpy()[keep])
+                    np.add.at(totals[2], ids, self._bytes(batch)[keep])
+                read.append((ids, keep))
+                yield batch
 
         # Only one rank may hold the window that cannot be read.
-        feed = LockstepBatches(remembered(), self._micro_batch_size, self.dataset.seq_length)
+        feed = LockstepBatches(counted(), self._micro_batch_size, self.dataset.seq_length)
         together = self._micro_batch_size * self._topology.data_parallel_size
         # Results stay on the device until the end: no wait per batch.
         results = engine.eval_batches(feed, -(-self.windows * self.num_mc // together))
@@ -118,13 +124,10 @@ class Validator:
             if feed.error is not None:
                 raise feed.error
         if self._topology.reports_loss:
-            for rows, (batch, window_ids, valid) in zip(results, read, strict=True):
-                keep = valid.numpy()
-                ids = window_ids.numpy()[keep]
+            positions = self._micro_batch_size * self.dataset.seq_length
+            for rows, (ids, keep) in zip(results, read, strict=True):
                 # weights hold 1/(b*s): undo it to get nats per row.
-                np.add.at(totals[0], ids, rows.double().cpu().numpy()[keep] * batch.targets.numel())
-                np.add.at(totals[1], ids, batch.counted.double().numpy()[keep])
-                np.add.at(totals[2], ids, self._bytes(batch)[keep])
+                np.add.at(totals[0], ids, rows.double().cpu().numpy()[keep] * positions)
         totals = self._sum_over_ranks(totals)
         loss, stderr = ratio_with_error(totals[0], totals[1])
         nats = loss * totals[1].sum()
