@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--num-mc", type=int, default=32)
     parser.add_argument("--estimator", choices=("exact", "bernoulli"), default="bernoulli",
-                        help="bernoulli is the published one; exact enumerates short answers and is faster [bernoulli]")
+                        help="bernoulli is the published one; exact has less noise in about as many passes [bernoulli]")
     parser.add_argument("--seq-length", type=int, default=2048, help="the window that the baseline pads to [2048]")
     parser.add_argument("--batch-tokens", type=int, help="positions of a batch [65536 on a GPU, 4096 on a CPU]")
     parser.add_argument("--baseline-requests", type=int, default=8, help="requests that the baseline is timed on [8]")

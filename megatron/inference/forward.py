@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.model.gpt import Head
 from megatron.model.rope import rotary_table
@@ -11,6 +14,15 @@ from megatron.model.sharding import SequentialGPT
 
 MAX_LOGITS = 2**27
 """Logits at once: 512 MB in fp32."""
+
+
+def kernels_for_any_shape() -> AbstractContextManager[None]:
+    """Attention without cuDNN's kernels, which PyTorch prefers on Hopper: they are planned anew for each new shape.
+
+    Planning takes a tenth of a second and more, and here hardly two batches, and no two steps of a cache, have one
+    shape. (A model that trains has a single one, and keeps cuDNN.)
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def final_hidden(

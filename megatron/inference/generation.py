@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.errors import UserError
-from megatron.inference.forward import final_hidden, head_logits, padding_mask
+from megatron.inference.forward import final_hidden, head_logits, kernels_for_any_shape, padding_mask
 from megatron.inference.hub.unmasking import OnStep, Unmasking, draw, unmask
 from megatron.inference.kv_cache import CachedModel
 from megatron.inference.loading import LoadedModel
@@ -158,7 +158,8 @@ def fill_masks(
     attention = None if bool(inside.all()) else padding_mask(lengths, longest)
 
     def predict(current: Tensor, where: Tensor) -> Tensor:
-        hidden = final_hidden(loaded.model, current, positions, attention)
+        with kernels_for_any_shape():
+            hidden = final_hidden(loaded.model, current, positions, attention)
         return head_logits(loaded.model, hidden.flatten(0, 1).index_select(0, where))
 
     generator = torch.Generator(device).manual_seed(seed)

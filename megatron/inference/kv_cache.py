@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.inference.forward import places
+from megatron.inference.forward import kernels_for_any_shape, places
 from megatron.model.attention import Attention
 from megatron.model.gpt import Block
 from megatron.model.rope import rotate
@@ -76,12 +76,10 @@ class CachedModel:
         keys, values = self._cache[0, index], self._cache[1, index]  # [b, kv, capacity, d]
         keys[:, :, self.length : stop] = key.transpose(1, 2)
         values[:, :, self.length : stop] = value.transpose(1, 2)
-        repeats = heads // kv_heads
-        context = F.scaled_dot_product_attention(
-            query.transpose(1, 2),  # [b, q, n, d]
-            keys[:, :, :stop].repeat_interleave(repeats, dim=1),
-            values[:, :, :stop].repeat_interleave(repeats, dim=1),
-            attn_mask=mask,
-        )
+        keys, values = keys[:, :, :stop], values[:, :, :stop]
+        if heads != kv_heads:  # the fused kernels that take a mask do not take grouped heads
+            keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
+        with kernels_for_any_shape():
+            context = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
         attended: Tensor = attention.dense(context.transpose(1, 2).flatten(2))
         return attended

@@ -10,7 +10,7 @@ import torch
 
 from megatron.distributed.agreement import gather_objects
 from megatron.distributed.topology import Topology, single_process_topology
-from megatron.inference.forward import final_hidden, padding_mask, token_scores
+from megatron.inference.forward import final_hidden, kernels_for_any_shape, padding_mask, token_scores
 from megatron.model.sharding import SequentialGPT
 
 Progress = Callable[[int, int], None]
@@ -102,14 +102,21 @@ class Scorer:
             line[: len(row.inputs)] = row.inputs
         where = np.concatenate([row.where + index * width for index, row in enumerate(rows)])
         targets = np.concatenate([row.targets for row in rows])
-        tokens, flat, wanted = (torch.from_numpy(x).to(device, non_blocking=True) for x in (inputs, where, targets))
+        tokens, flat, wanted = (_send(x, device) for x in (inputs, where, targets))
         # A causal model never sees the padding behind a row; rows of one length have none.
         mask = None
         if not self.causal and int(lengths.min()) < width:
-            mask = padding_mask(torch.from_numpy(lengths).to(device, non_blocking=True), width)
+            mask = padding_mask(_send(lengths, device), width)
         positions = torch.arange(width, device=device).expand(len(rows), width)
-        hidden = final_hidden(self.model, tokens, positions, mask).flatten(0, 1)  # [b * s, h]
+        with kernels_for_any_shape():
+            hidden = final_hidden(self.model, tokens, positions, mask).flatten(0, 1)  # [b * s, h]
         return torch.stack(token_scores(self.model, hidden.index_select(0, flat), wanted))
+
+
+def _send(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """``values`` on ``device``. From pageable memory a GPU would first finish all that it was asked for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def batch_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
