@@ -44,7 +44,7 @@ def parse_arguments(objective: Literal["ar", "mdm"], argv: Sequence[str] | None 
 def build_parser(objective: Literal["ar", "mdm"]) -> argparse.ArgumentParser:
     """Return the parser of the entry point for ``objective``. Flags that are not given are absent from its result."""
     diffusion = objective == "mdm"
-    parser = _Parser(
+    parser = OneLineParser(
         prog=_entry_point(objective),
         usage="%(prog)s --num-layers N --hidden-size N --num-attention-heads N ... (flags below)",
         description="Pretrain a masked-diffusion model." if diffusion else "Pretrain an autoregressive model.",
@@ -63,8 +63,8 @@ def build_parser(objective: Literal["ar", "mdm"]) -> argparse.ArgumentParser:
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line for the user."""
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are a UserError, one line."""
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")

@@ -1,26 +1,22 @@
 """Parameters <-> FLOPs <-> tokens <-> samples <-> epochs: pure and exact arithmetic.
 
 Sources: the parameter formula and C = 6 N D of 2507.15857; its released scripts' roundings; model FLOPs as in PaLM
-(2204.02311, appendix B). ``python -m megatron.budget --help`` offers the same to scripts and people.
+(2204.02311, appendix B). ``python -m megatron.budget --help`` (``megatron.budget_cli``) offers the same to scripts and
+people.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megatron.config import ModelConfig
 from megatron.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron.memory import Split
 
 GPT2_VOCABULARY = 50_257
 _UTILS = Path(__file__).resolve().parent.parent / "utils"
@@ -69,6 +65,10 @@ class ModelRow:
     def parameters(self) -> int:
         """Published parameter count of this row."""
         return published_parameter_count(self.d_model, self.layers)
+
+    def model(self, seq_length: int, **changes: Any) -> ModelConfig:
+        """The model that the scripts train for this row; see :func:`published_model`."""
+        return published_model(self.layers, self.d_model, self.heads, self.head_size, seq_length, **changes)
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,18 @@ def flops_per_token(model: ModelConfig, seq_length: int, vocabulary: int, *, cau
     return 6 * (weights + vocabulary * d) + (attention // 2 if causal else attention)
 
 
+def published_model(
+    layers: int, d_model: int, heads: int, head_size: int, seq_length: int, **changes: Any
+) -> ModelConfig:
+    """Return a model of this shape by the recipe of 2507.15857; ``changes`` are fields of ModelConfig."""
+    fields: dict[str, Any] = {
+        "num_layers": layers, "hidden_size": d_model, "num_attention_heads": heads, "kv_channels": head_size,
+        "max_position_embeddings": seq_length, "use_rotary_position_embeddings": True, "normalization": "rmsnorm",
+        "swiglu": True, "disable_bias_linear": True,
+    }  # fmt: skip
+    return ModelConfig(**fields | changes)
+
+
 def training_flops(parameters: int, tokens: int) -> int:
     """Return C = 6 N D."""
     return 6 * parameters * tokens
@@ -143,6 +155,21 @@ def budget_from_epochs(tokens_per_epoch: int, epochs: int, seq_length: int) -> S
     """Return the run of ``epochs`` epochs, samples and the 1 % of warm-up rounded down: the published epoch scripts."""
     tokens = tokens_per_epoch * epochs
     return SampleBudget(tokens, tokens // seq_length, tokens // seq_length // 100)
+
+
+def training_days(flops: float, *, gpus: int, mfu: float, peak: float) -> float:
+    """Return the days that ``flops`` take on GPUs of ``peak`` FLOP/s each, of which training reaches the share ``mfu``.
+
+    The MFU of ``metrics.jsonl`` counts :func:`flops_per_token`: at such an MFU, ``flops`` must be counted so too.
+    """
+    return flops / (gpus * mfu * peak) / 86_400
+
+
+def checkpoint_bytes(parameters: int, *, half: bool = True) -> int:
+    """Return the size of a checkpoint to continue from: weights as trained (``half``: bf16 or fp16, else fp32), fp32
+    weights and both moments of Adam. Split over processes it is as large.
+    """
+    return ((2 if half else 4) + 12) * parameters
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -191,167 +218,7 @@ def _assignments(path: Path, prefix: str) -> Iterator[tuple[int, str, str]]:
             yield number, match[1], match[2]
 
 
-def _unknown_name(flag: str, name: str, table: Iterable[str], path: Path) -> UserError:
-    nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)
-    return UserError(
-        f"{flag} {name} is not in {path}: did you mean {nearest[0]}?" if nearest else f"{path} has no rows"
-    )
-
-
-def _print_table() -> None:
-    """Print every row of the model table with its parameters in millions, by the published formula."""
-    print(f"{'name':>7} {'millions':>9} {'d_model':>8} {'ffn':>6} {'heads':>6} {'head':>5} {'layers':>7}")
-    for row in read_model_table().values():
-        sizes = f"{row.d_model:>8} {row.ffn:>6} {row.heads:>6} {row.head_size:>5} {row.layers:>7}"
-        print(f"{row.name:>7} {row.parameters / 1e6:>9.1f} {sizes}")
-
-
-def _print_samples(options: argparse.Namespace) -> None:
-    """Print the run's length as shell assignments, the names those of the training scripts."""
-    if options.seq_length < 1:
-        raise UserError(f"--seq-length {options.seq_length}: it must be >= 1")
-    if options.flops_factor is not None:
-        if options.model is None or options.data is not None or options.epochs is not None:
-            raise UserError("--flops-factor needs --model, and neither --data nor --epochs: the budget sets the tokens")
-        table = read_model_table()
-        name = options.model.removeprefix("PARAM_")
-        if name not in table:
-            raise _unknown_name("--model", name, table, MODEL_TABLE)
-        parameters = table[name].parameters
-        print(f"MODEL_PARAM_CNT={parameters}")
-        budget = budget_from_flops(options.flops_factor * 10**18, parameters, options.seq_length)
-    else:
-        if options.data is None or options.epochs is None or options.model is not None:
-            raise UserError("give --flops-factor with --model, or --data with --epochs")
-        if options.epochs < 1:
-            raise UserError(f"--epochs {options.epochs}: it must be >= 1")
-        budget = budget_from_epochs(_tokens_per_epoch(options.data), options.epochs, options.seq_length)
-    print(f"TOKENS={budget.tokens}")
-    print(f"TRAIN_SAMPLES={budget.train_samples}")
-    print(f"WARMUP_SAMPLES={budget.warmup_samples}")
-
-
-def _print_memory(options: argparse.Namespace) -> None:
-    """Print what every sensible split of a model needs, in 1e9 bytes; ``*`` marks those that fit."""
-    from megatron.memory import estimate  # it needs torch, which the other commands do not
-
-    for flag in ("gpus", "micro_batch_size", "global_batch_size", "seq_length"):
-        if getattr(options, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: it must be >= 1")
-    table, name = read_model_table(), options.model.removeprefix("PARAM_")
-    if name not in table:
-        raise _unknown_name("--model", name, table, MODEL_TABLE)
-    columns = ("GPU", "params", "grads", "Adam", "buffers", "kept", "head", "host")
-    print(f"{'split':<34} {'recompute':<10} " + " ".join(f"{column:>7}" for column in columns) + "   GB")
-    for split in _splits(table[name], options.gpus):
-        if options.global_batch_size % (options.micro_batch_size * split.data):
-            continue
-        for recompute in (False, True):
-            found = estimate(
-                _trained_model(table[name], options.seq_length, options.dropout, recompute), split,
-                vocabulary=-(-(GPT2_VOCABULARY + 1) // 128) * 128, micro_batch_size=options.micro_batch_size,
-                seq_length=options.seq_length,
-                micro_batches=options.global_batch_size // (options.micro_batch_size * split.data),
-            )  # fmt: skip
-            parts = (found.gpu, found.parameters, found.gradients, found.optimizer, found.buffers, found.activations,
-                     found.head, found.host)  # fmt: skip
-            fits = "*" if found.gpu < 1e9 * options.gpu_memory else ""
-            numbers = " ".join(f"{part / 1e9:7.1f}" for part in parts)
-            print(f"{_in_words(split):<34} {'full' if recompute else 'none':<10} {numbers} {fits}".rstrip())
-
-
-def _trained_model(row: ModelRow, seq_length: int, dropout: float, recompute: bool) -> ModelConfig:
-    """The model that the scripts train for a row of the table."""
-    return ModelConfig(
-        num_layers=row.layers, hidden_size=row.d_model, num_attention_heads=row.heads, kv_channels=row.head_size,
-        max_position_embeddings=seq_length, use_rotary_position_embeddings=True, normalization="rmsnorm", swiglu=True,
-        disable_bias_linear=True, hidden_dropout=dropout, attention_dropout=dropout, checkpoint_activations=recompute,
-    )  # fmt: skip
-
-
-def _splits(row: ModelRow, gpus: int) -> Iterator[Split]:
-    """Splits worth considering: each way by itself, tensor parallelism within a node, both together."""
-    from megatron.memory import Split
-
-    for zero in (1, 2, 3):
-        yield Split(gpus=gpus, zero_stage=zero)
-    for zero in (1, 2):
-        yield Split(gpus=gpus, zero_stage=zero, offload=True)
-    sizes = [size for size in (2, 4, 8) if size <= gpus and gpus % size == 0]
-    for size in sizes:
-        if row.heads % size == 0 and row.ffn % size == 0:
-            yield Split(gpus=gpus, tensor=size, sequence_parallel=True)
-    for size in sizes:
-        if size <= row.layers:
-            yield Split(gpus=gpus, pipeline=size)
-    if gpus % 4 == 0 and row.heads % 2 == 0:
-        yield Split(gpus=gpus, tensor=2, pipeline=2, sequence_parallel=True)
-
-
-def _in_words(split: Split) -> str:
-    words = [f"ZeRO {split.zero_stage}" + (" offload" if split.offload else "")]
-    for name, size in (("DP", split.data), ("TP", split.tensor), ("PP", split.pipeline)):
-        words += [f"{name} {size}"] if size > 1 else []
-    return ", ".join(words)
-
-
-def _tokens_per_epoch(data: str) -> int:
-    """Return the tokens of ``--data``: a number, or a name of the token table."""
-    if data.isdecimal() and int(data) > 0:
-        return int(data)
-    table, name = read_token_table(), data.removeprefix("DATA_")
-    if name not in table:
-        raise _unknown_name("--data", name, table, TOKEN_TABLE)
-    return table[name]
-
-
-def _factor(text: str) -> Fraction:
-    """Return the exact value of a decimal such as 6, 0.5 or 1e2."""
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on ``argv`` (default: the process's own) and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megatron.budget", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--table", action="store_true", help="print every model of utils/model_params.sh with its size")
-    commands = parser.add_subparsers(dest="command", metavar="samples|memory")
-    samples = commands.add_parser("samples", help="print a run's length as shell assignments", allow_abbrev=False)
-    samples.add_argument("--model", help="a row of utils/model_params.sh, e.g. 117M")
-    samples.add_argument("--flops-factor", type=_factor, help="budget in units of 1e18 FLOPs")
-    samples.add_argument("--data", help="tokens per epoch: a number, or a name of utils/epoch_tokens.sh, e.g. 100M")
-    samples.add_argument("--epochs", type=int, help="passes over --data")
-    samples.add_argument("--seq-length", type=int, default=2048, help="tokens per sample [2048]")
-    memory = commands.add_parser(
-        "memory", help="estimate what splits of a run need of each GPU, as a table", allow_abbrev=False
-    )
-    memory.add_argument("--model", required=True, help="a row of utils/model_params.sh, e.g. 2298M")
-    memory.add_argument("--gpus", type=int, default=8, help="GPUs of the run [8]")
-    memory.add_argument("--micro-batch-size", type=int, default=8, help="[8]")
-    memory.add_argument("--global-batch-size", type=int, default=256, help="[256]")
-    memory.add_argument("--seq-length", type=int, default=2048, help="tokens per sample [2048]")
-    memory.add_argument("--dropout", type=float, default=0.0, help="--hidden-dropout [0]")
-    memory.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="what a GPU has [80]")
-    options = parser.parse_args(argv)
-    if options.table == (options.command is not None):
-        parser.error("give either --table or one of the commands samples and memory")
-    try:
-        if options.table:
-            _print_table()
-        elif options.command == "memory":
-            _print_memory(options)
-        else:
-            _print_samples(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
+    from megatron.budget_cli import main
+
     sys.exit(main())

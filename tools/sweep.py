@@ -32,7 +32,6 @@ from megatron.errors import UserError
 from megatron.metrics import read_metrics
 from tools.sweep_grids import FAMILIES, SCRIPTS, Task, grids, tasks
 
-SECONDS_A_DAY: Final = 86_400
 STATUS_COLUMNS: Final = (
     "task", "run", "state", "step", "train loss", "best valid loss", "at epoch", "last valid loss", "tokens/s",
     "updated",
@@ -45,7 +44,8 @@ class PlannedRun:
 
     Attributes:
         name: the run's VARIANT; checkpoints: its directory.
-        samples, tokens, steps: length; parameters: by the published formula; flops: 6 N D.
+        samples, tokens, steps: length; parameters: by the published formula; flops: 6 N D; model_flops: with
+            attention, what the MFU of a run's log counts.
     """
 
     task: Task
@@ -55,6 +55,7 @@ class PlannedRun:
     tokens: int
     steps: int
     parameters: int
+    model_flops: int
 
     @property
     def flops(self) -> int:
@@ -91,16 +92,22 @@ def plan(task: Task) -> PlannedRun:
         last = len(words) - 1 - words[::-1].index(flag)  # the last one counts
         return words[last + 1]
 
-    samples, width, layers = int(value("--train-samples")), int(value("--hidden-size")), int(value("--num-layers"))
+    samples, seq_length = int(value("--train-samples")), int(value("--seq-length"))
+    layers, width = int(value("--num-layers")), int(value("--hidden-size"))
+    heads, head_size = int(value("--num-attention-heads")), int(value("--kv-channels"))
+    model = budget.published_model(layers, width, heads, head_size, seq_length)
+    tokens = samples * seq_length
+    flops = budget.flops_per_token(model, seq_length, budget.GPT2_VOCABULARY, causal=task.family == "arm")
     checkpoints = Path(value("--save"))
     return PlannedRun(
         task=task,
         name=checkpoints.name.removeprefix("checkpoints_"),
         checkpoints=checkpoints,
         samples=samples,
-        tokens=samples * int(value("--seq-length")),
+        tokens=tokens,
         steps=samples // int(value("--global-batch-size")),
         parameters=budget.published_parameter_count(width, layers),
+        model_flops=tokens * flops,
     )
 
 
@@ -137,20 +144,22 @@ def state_of(run: PlannedRun) -> State:
 def print_plan(planned: Sequence[PlannedRun], mfu: float, peak_tflops: float) -> None:
     """One line a run, and the sum."""
 
-    def days(flops: int) -> float:
-        return flops / (mfu * peak_tflops * 1e12) / SECONDS_A_DAY
+    def days(runs: Sequence[PlannedRun]) -> float:
+        flops = sum(run.model_flops for run in runs)
+        return budget.training_days(flops, gpus=1, mfu=mfu, peak=peak_tflops * 1e12)
 
+    states = [state_of(run).word for run in planned]
     rows = [("task", "run", "parameters", "samples", "tokens", "FLOPs", "GPU-days", "state")]
     for index, run in enumerate(planned):
         rows.append((
             str(index), run.name, f"{run.parameters / 1e6:.1f}M", f"{run.samples:,}", f"{run.tokens / 1e9:.2f}B",
-            f"{run.flops:.2e}", f"{days(run.flops):.2f}", state_of(run).word,
+            f"{run.flops:.2e}", f"{days([run]):.2f}", states[index],
         ))  # fmt: skip
     _print_table(rows)
+    left = [run for run, state in zip(planned, states) if state != "finished"]
     total = sum(run.flops for run in planned)
-    left = sum(run.flops for run in planned if state_of(run).word != "finished")
-    print(f"\n{len(planned)} runs, {total:.3g} FLOPs (6 N D): {days(total):.1f} GPU-days, {days(left):.1f} left")
-    print(f"(at {mfu:.0%} of {peak_tflops:g} TFLOP/s: --mfu, --peak-tflops; validation not counted)")
+    print(f"\n{len(planned)} runs, {total:.3g} FLOPs (6 N D): {days(planned):.1f} GPU-days, {days(left):.1f} left")
+    print(f"(with attention, {mfu:.0%} MFU of {peak_tflops:g} TFLOP/s: --mfu, --peak-tflops; validation not counted)")
 
 
 def print_status(planned: Sequence[PlannedRun]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pytest
 from working_copy import make_working_copy, script_environment
 
-from megatron import budget
+from megatron import budget, budget_cli
 from megatron.arguments import parse_arguments
 from megatron.config import RunConfig
 from megatron.errors import UserError
@@ -128,7 +128,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
             question = ["samples", "--flops-factor", factor, "--model", row, "--seq-length", "2048"]
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
-                assert budget.main(question) == 0
+                assert budget_cli.main(question) == 0
             (folder / " ".join(["-m", "megatron.budget", *question])).write_text(output.getvalue(), encoding="utf-8")
     program = folder / "python"
     program.write_text('#!/bin/sh\nexec cat "${0%/*}/$*"\n', encoding="utf-8")

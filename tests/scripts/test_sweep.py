@@ -24,7 +24,7 @@ save=output/checkpoints_run$N
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     [[ $MODE != wrong ]] || { echo "error: MODE is wrong" >&2; exit 2; }
     printf '%s\\n' --train-samples 1030 --global-batch-size 10 --seq-length 8
-    printf '%s\\n' --hidden-size 64 --num-layers 2 --save "$save"
+    printf '%s\\n' --hidden-size 64 --num-layers 2 --num-attention-heads 2 --kv-channels 32 --save "$save"
     exit 0
 fi
 mkdir -p "$save"
@@ -98,9 +98,9 @@ def test_the_plan_is_the_scripts_own(sandbox: Any, monkeypatch: pytest.MonkeyPat
     header, row, _, total, _ = capsys.readouterr().out.splitlines()
     assert header.split() == ["task", "run", "parameters", "samples", "tokens", "FLOPs", "GPU-days", "state"]
     name = "chinchilla_mdm_117M_6584834_c4_full"
-    # 1e19 FLOPs at 5e14 a second are 20,000 s, 0.23 days.
-    assert row.split() == ["0", name, "123.6M", "6,584,834", "13.49B", "1.00e+19", "0.23", "not", "started"]
-    assert total.startswith("1 runs, 1e+19 FLOPs (6 N D): 0.2 GPU-days, 0.2 left")
+    # 6 FLOPs a weight and token, and 12 layers x 12 x 768 x 2048 of attention: 1.305e19, at 5e14 a second 26,100 s.
+    assert row.split() == ["0", name, "123.6M", "6,584,834", "13.49B", "1.00e+19", "0.30", "not", "started"]
+    assert total.startswith("1 runs, 1e+19 FLOPs (6 N D): 0.3 GPU-days, 0.3 left")
 
 
 def test_finished_runs_are_skipped_and_broken_ones_go_on(folder: Path, capfd: Any) -> None:

@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from megatron import budget
+from megatron import budget, budget_cli
 from megatron.config import ModelConfig
 from megatron.memory import Memory, Split, estimate
 
@@ -78,14 +78,14 @@ def test_recomputation_keeps_block_inputs() -> None:
 
 
 def test_the_command_prints_every_split(capsys: pytest.CaptureFixture[str]) -> None:
-    assert budget.main("memory --model 2298M --gpus 8".split()) == 0
+    assert budget_cli.main("memory --model 2298M --gpus 8".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["split", "recompute", "GPU"]
     assert any(line.startswith("ZeRO 1, DP 2, TP 2, PP 2") for line in lines)
     assert all(float(line[45:].split()[0]) > 5 for line in lines[1:])
-    assert budget.main("memory --model 2299M".split()) == 2
+    assert budget_cli.main("memory --model 2299M".split()) == 2
     assert "did you mean 2298M" in capsys.readouterr().err
-    assert budget.main("memory --model 2298M --gpus 0".split()) == 2
+    assert budget_cli.main("memory --model 2298M --gpus 0".split()) == 2
     assert "--gpus 0" in capsys.readouterr().err
 
 
