@@ -55,7 +55,7 @@ def is_under(name: str, package: str) -> bool:
 
 
 def layers(path: str, tree: ast.Module) -> Violations:
-    """``model/`` knows tensors only; ``objectives/`` knows no model; DeepSpeed has two doors, configurations have one."""
+    """``model/`` knows tensors only; ``objectives/`` knows no model; DeepSpeed has two doors, settings have one."""
     forbidden: list[str] = []
     if path.startswith("megatron/model/"):
         forbidden += ["megatron.objectives", "megatron.data"]
