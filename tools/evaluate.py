@@ -233,7 +233,8 @@ def report(results: dict[str, Any], loaded_from: str, output: str | None) -> Non
     if error:
         print(f"standard error of a log likelihood, mean: {error:.3f} nats; the Stderr column is over questions")
     for key, text in (("truncated_contexts", "contexts were cut at their beginning to fit the model's window"),
-                      ("shortened_generations", "generations got fewer tokens than the task asked for")):
+                      ("shortened_generations", "generations got fewer tokens than the task asked for"),
+                      ("beyond_tolerance", "likelihoods are known less well than --mc-tolerance says: raise --max-mc")):
         if ours[key]:
             print(f"note: {ours[key]:,} {text}")
     if ours["left_out"]:

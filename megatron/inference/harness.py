@@ -39,11 +39,13 @@ class Statistics:
         requests: continuations scored; stderrs: of each, in nats.
         truncated: contexts of which only the end fitted into the model's window.
         shortened: generations that were given fewer tokens than the task asked for.
+        unsure: continuations (not rolling texts) whose standard error the largest number of draws did not bring to the tolerance.
     """
 
     requests: int = 0
     truncated: int = 0
     shortened: int = 0
+    unsure: int = 0
     stderrs: list[float] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class Statistics:
         known = [error for error in self.stderrs if np.isfinite(error)]
         return {
             "requests": self.requests, "truncated_contexts": self.truncated, "shortened_generations": self.shortened,
+            "beyond_tolerance": self.unsure,
             "mean_stderr_of_a_log_likelihood": float(np.mean(known)) if known else None,
         }
 
@@ -82,6 +85,8 @@ class HarnessModel(LM):
         found = likelihoods(self.scorer, asked, self.estimation, self.loaded.vocabulary.mask_id)
         self.statistics.requests += len(found)
         self.statistics.stderrs += [result.stderr for result in found]
+        if self.estimation.tolerance is not None:
+            self.statistics.unsure += sum(result.stderr > self.estimation.tolerance for result in found)
         return [(result.log_prob, bool(result.greedy)) for result in found]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:

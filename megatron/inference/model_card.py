@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from megatron.budget import parameter_count, training_flops
@@ -121,30 +120,42 @@ def _budget(description: Description) -> list[tuple[str, str]]:
         ("tokens seen", f"{metadata.consumed_tokens:,}"),
         ("compute", f"{flops:.3g} FLOPs (6 x parameters x tokens)"),
     ]
-    unique = _unique_tokens(description.path.parent / "metrics.jsonl")
+    unique = _unique_tokens(description)
     if unique is not None:
         rows.append(("unique tokens", f"{unique:,}: {metadata.consumed_tokens / unique:.2f} epochs"))
     return rows
 
 
-def _unique_tokens(metrics: Path) -> int | None:
-    """Tokens of one epoch, from the run's log beside the checkpoints."""
+def _events(description: Description, kind: str) -> list[dict[str, Any]]:
+    """Events of the run's log, which lies beside the checkpoints; none where it is missing or damaged."""
     try:
-        starts = [event for event in read_metrics(metrics, "meta") if event.get("tokens_per_epoch")]
+        return read_metrics(description.path.parent / "metrics.jsonl", kind)
     except (UserError, OSError):
-        return None
+        return []
+
+
+def _unique_tokens(description: Description) -> int | None:
+    """Tokens of one epoch."""
+    starts = [event for event in _events(description, "meta") if event.get("tokens_per_epoch")]
     return int(starts[-1]["tokens_per_epoch"]) if starts else None
 
 
 def _losses(description: Description) -> str:
     validation = description.metadata.validation
     if validation is None:
-        return "No validation loss was recorded for these weights."
-    error = "" if validation.stderr is None else f" +/- {validation.stderr:.4f} (standard error)"
-    kind = "negative log-likelihood"
-    if not description.causal:
-        kind = f"negative ELBO, an upper bound of the {kind}"
-    return f"Validation: {validation.loss:.4f}{error} nats a token; {kind}."
+        text = "No validation loss was recorded for these weights."
+    else:
+        error = "" if validation.stderr is None else f" +/- {validation.stderr:.4f} (standard error)"
+        kind = "negative log-likelihood"
+        if not description.causal:
+            kind = f"negative ELBO, an upper bound of the {kind}"
+        text = f"Validation: {validation.loss:.4f}{error} nats a token; {kind}."
+    step = description.metadata.iteration
+    logged = [event for event in _events(description, "train") if event["iteration"] <= step]
+    if step == 0 or not logged:
+        return text
+    last = logged[-1]
+    return f"{text}\n\nTraining, as last logged (step {last['iteration']:,}): {last['loss']:.4f} nats a token."
 
 
 def _origin(description: Description) -> list[tuple[str, str]]:

@@ -237,6 +237,16 @@ def test_long_contexts_lose_their_beginning_and_are_counted(
         model.loglikelihood([instance("a", "z" * 97)])
 
 
+def test_likelihoods_beyond_the_tolerance_are_counted(checkpoint: Callable[[str], Path]) -> None:
+    few = [instance("abc", "defghijk", document=i) for i in range(4)]
+    model = harness(checkpoint("mdm"), num_mc=4, max_mc=8, tolerance=1e-6)
+    model.loglikelihood([*few, instance("abc", "de")])  # two tokens are enumerated: no error
+    assert model.statistics.unsure == 4 and model.statistics.as_json()["beyond_tolerance"] == 4
+    model = harness(checkpoint("mdm"), num_mc=4, max_mc=8, tolerance=1e6)
+    model.loglikelihood(few)
+    assert model.statistics.unsure == 0
+
+
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_generation_stops_at_strings_and_asks_nothing_unknown(
     checkpoint: Callable[[str], Path], objective: str
