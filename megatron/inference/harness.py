@@ -39,7 +39,7 @@ class Statistics:
         requests: continuations scored; stderrs: of each, in nats.
         truncated: contexts of which only the end fitted into the model's window.
         shortened: generations that were given fewer tokens than the task asked for.
-        unsure: continuations (not rolling texts) whose standard error the largest number of draws did not bring to the tolerance.
+        unsure: continuations (not rolling texts) whose standard error stayed above the tolerance at the most draws.
     """
 
     requests: int = 0
