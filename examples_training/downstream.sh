@@ -3,13 +3,17 @@
 # Every variable can be set in the script, in the environment, or as an argument NAME=VALUE.
 
 source examples_training/lib.sh
-SETTINGS=" LOAD LOAD_TAG TASKS MODE NUM_MC MC_TOLERANCE NUM_FEWSHOT LIMIT RESULTS NUM_GPUS EXTRA_ARGS DRY_RUN "
+SETTINGS=" LOAD LOAD_TAG TASKS MODE NUM_MC MC_TOLERANCE NUM_FEWSHOT LIMIT RESULTS NUM_GPUS EXTRA_ARGS SMOKE DRY_RUN "
 
 # downstream FAMILY [NAME=VALUE...]
 downstream() {
     local family=$1 gpus
     shift
     apply_overrides "$@"
+    if [[ ${SMOKE:-0} == 1 ]]; then
+        source examples_training/smoke.sh
+        shrink_downstream "$family"
+    fi
     NUM_MC=${NUM_MC-32}               # MDM: Monte Carlo draws of a likelihood
     MC_TOLERANCE=${MC_TOLERANCE-}     # MDM: draw on until the standard error is this many nats; empty: NUM_MC draws
     NUM_FEWSHOT=${NUM_FEWSHOT-0}

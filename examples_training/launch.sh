@@ -128,6 +128,8 @@ start_node() {
     [[ $# -gt 0 ]] || stop_with "usage: launch.sh ENTRY_POINT ARGUMENTS..."
     processes=${NUM_GPUS:-$(visible_gpus)}
     [[ $processes -gt 0 ]] || processes=1
+    # A run on the CPU stays there: Slurm shows the job's GPUs to every step anew.
+    [[ ${DS_ACCELERATOR:-} != cpu ]] || export CUDA_VISIBLE_DEVICES=
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}
     if [[ -n ${SLURM_JOB_ID:-} && -n ${SLURM_STEP_ID:-} ]]; then
         nodes=$SLURM_STEP_NUM_NODES rank=$SLURM_NODEID

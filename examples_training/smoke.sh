@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034  # sets the variables of lib.sh
 # SMOKE=1: any experiment script from end to end in seconds, on the CPU: a tiny model, tiny data made on the spot with the
-# project's own tools, three steps.
+# project's own tools, three steps; for the downstream scripts a task of four questions.
 
 shrink() {
     local data
@@ -8,12 +8,43 @@ shrink() {
     data=$OUTPUT_DIR/data
     [[ ${DRY_RUN:-0} == 1 || -f $data/data_path.txt ]] || make_smoke_data "$data"
     MODEL_PARAM=(64 256 16 4 2) ROW="smoke test of $ROW" VARIANT=smoke_$VARIANT WANDB_EXP_NAME=smoke_$WANDB_EXP_NAME
-    SEQ_LEN=64 MICRO_BATCH_SIZE=2 GLOBAL_BATCH_SIZE=$((2 * PROCESSES)) TRAIN_SAMPLES=$((3 * 2 * PROCESSES)) WARMUP_SAMPLES=2
+    # The same batch for one process and for two, so that their losses can be compared.
+    SEQ_LEN=64 MICRO_BATCH_SIZE=2 GLOBAL_BATCH_SIZE=$((2 * (PROCESSES > 2 ? PROCESSES : 2)))
+    TRAIN_SAMPLES=$((3 * GLOBAL_BATCH_SIZE)) WARMUP_SAMPLES=2
     LOG_INTERVAL=1 EVAL_INTERVAL=3 EVAL_ITERS=1 SAVE_INTERVAL=3
     TRAIN_DATA_PATH=$data/data_path.txt VALID_DATA_PATH=$data/data_path.txt
     VOCAB_FILE=$data/vocab.json MERGE_FILE=$data/merges.txt
     [[ -z $UNIQUE_TOKENS ]] || UNIQUE_TOKENS=2000
     WANDB_PROJECT=
+}
+
+# shrink_downstream FAMILY: the run that SMOKE=1 example_training.sh trains, and a task beside it.
+shrink_downstream() {
+    LOAD=${LOAD/#output\/checkpoints_/output/smoke/checkpoints_smoke_}
+    export CUDA_VISIBLE_DEVICES=
+    [[ ${DRY_RUN:-0} == 1 || -d $LOAD ]] ||
+        stop_with "LOAD=$LOAD: no such directory; SMOKE=1 bash examples_training/$1/example_training.sh makes it"
+    NUM_MC=${NUM_MC-2} TASKS=$LOAD/smoke_task.yaml
+    [[ ${DRY_RUN:-0} == 1 ]] || make_smoke_task "$TASKS"
+}
+
+# Four questions with two answers each, in an lm-eval task FILE and a jsonl file beside it.
+make_smoke_task() {
+    local n
+    for n in 1 2 3 4; do
+        printf '{"question": "%s times %s is", "choices": ["%s.", "0."], "gold": 0}\n' "$n" "$n" "$((n * n))"
+    done >"${1%.yaml}.jsonl"
+    cat >"$1" <<'YAML'
+task: smoke
+dataset_path: json
+dataset_kwargs: {data_files: {test: smoke_task.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+YAML
 }
 
 # A GPT-2 style vocabulary of bytes and 40 documents, in DIRECTORY, which appears whole or not at all.

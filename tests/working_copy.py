@@ -10,7 +10,9 @@ from pathlib import Path
 
 # What a user's shell may hold and a test must not inherit.
 _CLEARED = re.compile(r"(SLURM|SBATCH|NCCL|TORCHELASTIC|MASTER|OMP)_|NNODES|NODE_RANK|NUM_GPUS|LAUNCHER|CUDA_VISIBLE")
-_CLEARED_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "DRY_RUN", "SMOKE", "PYTHON", "OUTPUT_DIR", "VARIANT"}
+_CLEARED_NAMES = frozenset(
+    "RANK WORLD_SIZE LOCAL_RANK DRY_RUN SMOKE PYTHON OUTPUT_DIR VARIANT DS_ACCELERATOR".split()
+)
 
 
 def make_working_copy(path: Path, repository: Path) -> None:

@@ -5,6 +5,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 # Repeat a share of the optimal run's data to the same total (masked diffusion): what is repeated data worth?

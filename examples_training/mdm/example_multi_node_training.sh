@@ -5,6 +5,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 # Train a large masked diffusion model on several nodes. Without Slurm: set MASTER_ADDR, MASTER_PORT, NNODES and NODE_RANK on each.

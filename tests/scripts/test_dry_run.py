@@ -251,7 +251,7 @@ def test_a_spooled_copy_runs_from_the_submit_directory(sandbox: Any, tmp_path: P
 
 def test_slurm_headers(repository: Path, script: str) -> None:
     text = (repository / f"examples_training/{script}.sh").read_text(encoding="utf-8")
-    for line in ("#SBATCH --signal=B:USR1@", "#SBATCH --requeue", "#SBATCH --nodes=", "#SBATCH --gpus-per-node="):
-        assert line in text
+    for option in ("signal=B:USR1@", "requeue", "open-mode=append", "nodes=", "gpus-per-node="):
+        assert f"#SBATCH --{option}" in text
     # Slurm reads no directive after the first command.
     assert re.search(r"(?m)^[^#\n]", text).start() > text.rindex("#SBATCH")  # type: ignore[union-attr]

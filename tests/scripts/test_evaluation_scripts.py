@@ -51,6 +51,18 @@ def test_trained_by_default_is_what_downstream_loads(family: str, sandbox: Any) 
     assert trained.value("--save") in result.stdout.splitlines()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_smoke_test_takes_the_model_of_the_training_smoke_test(family: str, sandbox: Any) -> None:
+    trained = sandbox.dry_run(f"{family}/example_training", SMOKE="1").value("--save")
+    script = f"examples_training/{family}/example_downstream.sh"
+    words = sandbox.bash(script, DRY_RUN="1", SMOKE="1").stdout.splitlines()
+    assert words[words.index("--load") + 1] == trained
+    assert words[words.index("--tasks") + 1] == f"{trained}/smoke_task.yaml"
+    result = sandbox.bash(script, SMOKE="1")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"SMOKE=1 bash examples_training/{family}/example_training.sh makes it" in result.stderr
+
+
 @pytest.mark.parametrize(("family", "mode"), [("arm", "mc"), ("mdm", "nll"), ("mdm", "best")])
 def test_other_modes_are_refused(family: str, mode: str, sandbox: Any) -> None:
     result = sandbox.bash(f"examples_training/{family}/example_downstream.sh", f"MODE={mode}", DRY_RUN="1")

@@ -168,6 +168,11 @@ def test_a_task_with_one_gpu_of_its_own_sees_it_as_number_0(sandbox: Any) -> Non
     assert "LOCAL_RANK=0 " in result.stdout
 
 
+def test_a_task_on_the_cpu_sees_no_gpu_of_its_job(sandbox: Any) -> None:
+    result = _start_node(sandbox, "pretrain_gpt.py", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="3", **STEP)
+    assert "LOCAL_RANK=1 " in result.stdout  # with one visible GPU it would be 0
+
+
 def test_a_slurm_task_a_node_starts_torchrun(sandbox: Any) -> None:
     step = {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     words = _start_node(sandbox, "pretrain_gpt.py", NUM_GPUS="4", MASTER_PORT="2", **step).stdout.splitlines()
