@@ -87,6 +87,9 @@ def test_infilling_keeps_what_is_given(checkpoint: Callable[[str], str], capsys:
 
 def test_holes(tokenizer: Tokenizer) -> None:
     assert encode_with_holes("a<|mask:2|>b<|mask|>", tokenizer, 999) == [97, 999, 999, 98, 999]
+    # A space before a hole belongs to it; one behind it is text.
+    assert encode_with_holes("a <|mask|> b\n<|mask|>", tokenizer, 999) == [97, 999, 32, 98, 10, 999]
+    assert encode_with_holes("a  <|mask|>", tokenizer, 999) == [97, 32, 999]
     with pytest.raises(UserError, match="hole of no token"):
         encode_with_holes("<|mask:0|>", tokenizer, 999)
 
