@@ -1,8 +1,7 @@
 """Pretrain a masked diffusion GPT: ``python pretrain_diff_gpt.py --help`` lists the flags."""
 
-import sys
-
+from megatron.initialize import leave
 from megatron.training import main
 
 if __name__ == "__main__":
-    sys.exit(main("mdm"))
+    leave(main("mdm"))

@@ -1,8 +1,7 @@
 """Pretrain an autoregressive (causal) GPT: ``python pretrain_gpt.py --help`` lists the flags."""
 
-import sys
-
+from megatron.initialize import leave
 from megatron.training import main
 
 if __name__ == "__main__":
-    sys.exit(main("ar"))
+    leave(main("ar"))

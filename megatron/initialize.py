@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import sys
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,6 +47,18 @@ def shut_down() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``, skipping the interpreter's own shutdown.
+
+    A thread of torch that wants the GIL while Python shuts down aborts the process (seen: "terminate called without an
+    active exception", exit code -6), and a launcher would report that instead of ``code``.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _device(config: ParallelConfig) -> torch.device:

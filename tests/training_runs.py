@@ -26,6 +26,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from megatron import initialize
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENTRY_POINTS = {"ar": "pretrain_gpt.py", "mdm": "pretrain_diff_gpt.py"}
 PATIENCE = 120.0
@@ -218,6 +220,7 @@ def _child(objective: str, argv: list[str], fault: Fault | None, home: Path, ran
     if fault is not None:
         function, arguments = fault
         after = function(*arguments)
+    initialize.leave = sys.exit  # type: ignore[assignment]  # what comes after the run is still to come
     entry = str(REPOSITORY / ENTRY_POINTS[objective])
     sys.argv = [entry, *argv]
     try:

@@ -186,17 +186,20 @@ def _accumulate(total: Tensor | None, grad_logits: Tensor, hidden: Tensor, weigh
                 exact: torch.dtype) -> Tensor:
     """Add a chunk's gradient [c, h] to the head's [V, h], which is ``exact``; rows beyond c stay zero."""
     columns = grad_logits.shape[1]
+    first = total is None
     if total is None:
         total = torch.empty(weight.shape, dtype=exact, device=weight.device)
         total[columns:] = 0
-        if exact == hidden.dtype:
-            torch.mm(grad_logits.t(), hidden, out=total[:columns])
-        else:
-            total[:columns] = grad_logits.t() @ hidden
-    elif exact == hidden.dtype:
-        total[:columns].addmm_(grad_logits.t(), hidden)
+    own = total[:columns]
+    if exact == hidden.dtype:
+        torch.addmm(own, grad_logits.t(), hidden, beta=0 if first else 1, out=own)
+    elif hidden.is_cuda and exact == torch.float32:
+        # The product adds to fp32 itself: no half-precision copy of it is written, read and added.
+        torch.addmm(own, grad_logits.t(), hidden, out_dtype=exact, beta=0 if first else 1, out=own)
+    elif first:
+        own.copy_(grad_logits.t() @ hidden)
     else:
-        total[:columns] += grad_logits.t() @ hidden
+        own += grad_logits.t() @ hidden
     return total
 
 
