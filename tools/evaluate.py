@@ -38,7 +38,7 @@ from megatron.inference.hub.unmasking import ORDERS
 from megatron.inference.likelihood import CHAIN_ORDERS, ESTIMATORS, METHODS, Estimation
 from megatron.inference.loading import load_model
 from megatron.inference.scoring import Scorer
-from megatron.initialize import initialize, shut_down
+from megatron.initialize import initialize, leave, shut_down
 from tools.fetch_gpt2_vocab import FetchError
 from tools.tokenizer_flags import add_tokenizer_flags, tokenizer_config, tokenizer_named
 
@@ -317,4 +317,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -18,7 +18,7 @@ from megatron import engine as engine_module
 from megatron.arguments import parse_arguments
 from megatron.config_checks import resolve_for_world
 from megatron.engine import Engine
-from megatron.initialize import initialize, shut_down
+from megatron.initialize import initialize, leave, shut_down
 from megatron.model.gpt import build_layers, initialize_weights
 from megatron.model.sharding import SequentialGPT
 from megatron.objectives.base import Batch
@@ -70,3 +70,4 @@ def main(output: Path, flags: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)
