@@ -5,6 +5,7 @@
     python tools/benchmark.py data                                                       # sampler and loader
     python tools/benchmark.py preprocess --input text.jsonl --workers 2                  # against the tokenizer library
     python tools/benchmark.py evaluate --model 425M --input arc_easy.jsonl               # against padding one by one
+    python tools/benchmark.py parallel                                                   # several GPUs of one host
 
 ``train`` runs the real entry point in a process of its own, DeepSpeed, loader and noise included, on random tokens of a
 GPT-2-sized vocabulary, and reads the run's own ``metrics.jsonl``; figures are medians over the steps after the warm-up.
@@ -33,7 +34,7 @@ if __package__ in (None, ""):
 
 from megatron.budget import GPT2_VOCABULARY
 from megatron.errors import UserError
-from tools import benchmark_evaluation, benchmark_training
+from tools import benchmark_evaluation, benchmark_parallel, benchmark_training
 from tools.benchmark_runs import ROOT, write_random_data
 
 C4_DOCUMENTS = 208_931
@@ -142,7 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_tokenizer_flags(preprocess)
     evaluate = commands.add_parser("evaluate", help="multiple-choice likelihoods against padding every request")
     benchmark_evaluation.add_arguments(evaluate)
-    for command in (train, data, preprocess, evaluate):
+    parallel = commands.add_parser("parallel", help="several GPUs of one host: parity, scaling, failures")
+    benchmark_parallel.add_arguments(parallel)
+    for command in (train, data, preprocess, evaluate, parallel):
         command.add_argument("--json", type=Path, help="also append the figures to this file, one JSON object a line")
     return parser
 
@@ -160,6 +163,8 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": benchmark_evaluation.benchmark_evaluate,
     }
     try:
+        if arguments.command == "parallel":
+            return benchmark_parallel.benchmark_parallel(arguments)
         figures = measure[arguments.command](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

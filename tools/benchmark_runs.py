@@ -46,22 +46,24 @@ def write_tokenizer(path: Path) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_random_data(prefix: Path, documents: int, mean_tokens: float, seed: int = 0) -> int:
-    """Write documents of random tokens with exponential lengths; return the number of tokens."""
+def write_random_data(
+    prefix: Path, documents: int, mean_tokens: float, seed: int = 0, distinct: int = GPT2_VOCABULARY - 1
+) -> int:
+    """Write documents of random tokens below ``distinct`` with exponential lengths; return the number of tokens."""
     rng = np.random.default_rng(seed)
     sizes = 1 + rng.exponential(mean_tokens - 1, documents).astype(np.int64)
     with IndexedDatasetWriter(str(prefix), np.dtype(np.uint16)) as writer:
         for part in np.array_split(sizes, max(1, documents // 4096)):
-            tokens = rng.integers(0, GPT2_VOCABULARY - 1, int(part.sum()), dtype=np.uint16)
+            tokens = rng.integers(0, distinct, int(part.sum()), dtype=np.uint16)
             tokens[np.cumsum(part) - 1] = GPT2_VOCABULARY - 1
             writer.add_documents(tokens, part)
     return int(sizes.sum())
 
 
-def write_inputs(directory: Path, tokens: int) -> None:
-    """Write ``tokenizer.json`` and ``data.bin/.idx`` of about ``tokens`` random tokens."""
+def write_inputs(directory: Path, tokens: int, distinct: int = GPT2_VOCABULARY - 1) -> None:
+    """Write ``tokenizer.json`` and ``data.bin/.idx`` of about ``tokens`` random tokens, ``distinct`` of them."""
     write_tokenizer(directory / "tokenizer.json")
-    write_random_data(directory / "data", max(64, tokens // MEAN_TOKENS), MEAN_TOKENS)
+    write_random_data(directory / "data", max(64, tokens // MEAN_TOKENS), MEAN_TOKENS, distinct=distinct)
 
 
 def table_row(name: str) -> ModelRow:
@@ -158,10 +160,26 @@ def run_to_end(
 
 
 def end_session(process: subprocess.Popen[Any]) -> None:
-    """Kill ``process`` and what it started, where any of it is left; it was started with ``start_new_session``."""
+    """Kill ``process`` and what it started; it was started with ``start_new_session``.
+
+    Ranks of torchrun lead sessions of their own, so they are looked for while their launcher lives.
+    """
+    started = descendants(process.pid) if process.poll() is None else []
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process and theirs."""
+    found = []
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
 
 
 def profiled(metrics: Path) -> dict[str, Any] | None:
