@@ -148,7 +148,11 @@ def _activations(model: ModelConfig, split: Split, blocks: int, tokens: int, in_
 
 
 def _head(model: ModelConfig, split: Split, vocabulary: int, tokens: int) -> float:
-    """Bytes of final norm, head and loss: one chunk of logits in three copies, and the head's fp32 gradient."""
+    """Bytes of final norm, head and loss: one chunk of logits and of their gradient, and the head's fp32 gradient.
+
+    Code that is not compiled (ZeRO 3) and fp32 runs also keep the chunk's log-probabilities in fp32.
+    """
     width, h, rows = 2 if split.half else 4, model.hidden_size, vocabulary / split.tensor
     chunk = min(MAX_CHUNK_ELEMENTS, tokens * rows)
-    return width * 4 * tokens * h + chunk * (4 + 2 * width) + 4 * rows * h
+    between = 0 if split.half and split.zero_stage < 3 else 4
+    return width * 4 * tokens * h + chunk * (2 * width + between) + 4 * rows * h

@@ -122,7 +122,7 @@ def scored_positions(weighted: np.ndarray) -> Tensor | None:
     """``Batch.scored`` for ``weighted`` [b, s] bool, True where the weight is not 0; None when that takes all
     positions.
 
-    The size is the smallest multiple of ceil(b*s / 32) that holds them (at least one multiple); it is filled up with the
+    The size is the smallest multiple of ceil(b*s / 32) that holds them (at least one multiple), filled up with the
     first positions of weight 0, which add exactly 0 to the loss and to its gradients.
     """
     chosen = weighted.reshape(-1).copy()  # [b*s]
