@@ -39,7 +39,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 STEPS, MICRO_BATCHES, SEED = 40, 4, 1234
 RATE, BETAS, EPSILON, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5
-LOSS_TOLERANCE, NORM_TOLERANCE = 2e-3, 1e-2  # relative; seen on an H100 with ZeRO 1: 1.9e-5 and 4.4e-4 (bf16)
+LOSS_TOLERANCE = 2e-3  # relative; seen on an H100: 3e-4 and less, all cases
+NOISE_FACTOR, NORM_TOLERANCE = 5.0, 1e-2
+"""Rounding grows in forty steps, most in gradient norms: on an H100 to 0.12 between runs whose first master weights
+were rounded to bf16 or not. How much is measured: the plain loop runs once more, from master weights that differ by an fp32
+rounding. Norms may differ by this factor of that, or by the tolerance if it is larger."""
+NUDGE = 1e-7
 FP16_SCALE = 2.0**12
 """Fixed loss scale of the plain loop; the engine finds its own."""
 
@@ -155,12 +160,15 @@ def engine_curve(config: RunConfig, vocabulary: Vocabulary, topology: Topology, 
 
 
 def plain_curve(
-    config: RunConfig, vocabulary: Vocabulary, device: torch.device, dtype: torch.dtype, steps: list[list[Batch]]
+    config: RunConfig, vocabulary: Vocabulary, device: torch.device, dtype: torch.dtype, steps: list[list[Batch]],
+    nudge: float = 0.0,
 ) -> Curve:
-    """The same steps in plain PyTorch."""
+    """The same steps in plain PyTorch, from master weights scaled by 1 + ``nudge``."""
     whole = build_model(config, vocabulary, False, single_process_topology(device))
     assert isinstance(whole, SequentialGPT)
-    master = {name: p.detach().clone().requires_grad_() for name, p in whole.named_parameters()}  # fp32
+    # As DeepSpeed does: master weights begin as the rounded ones.
+    rounded = {name: p.detach().to(dtype).float() for name, p in whole.named_parameters()}
+    master = {name: p.mul(1 + nudge).requires_grad_() for name, p in rounded.items()}  # fp32
     half = dict(whole.to(dtype).named_parameters())
     optimizer = torch.optim.AdamW(
         [
@@ -210,12 +218,14 @@ def compare(case: Case, sizes: Sizes, topology: Topology, path: Path) -> None:
     plain = configuration(Case("plain", case.precision), sizes, path)
     kept = [step for step, applied in zip(steps, found.applied, strict=True) if applied]
     expected = plain_curve(plain, vocabulary, topology.device, case.dtype, kept)
+    nudged = plain_curve(plain, vocabulary, topology.device, case.dtype, kept, NUDGE)
     loss, norm = worst(found.losses, expected.losses), worst(found.norms, expected.norms)
+    noise = worst(nudged.norms, expected.norms)
     print(f"{case.name}: {sum(found.applied)} steps, loss {expected.losses[0]:.3f} -> {expected.losses[-1]:.3f}, "
-          f"largest relative difference: loss {loss:.2g}, gradient norm {norm:.2g}")  # fmt: skip
+          f"largest relative difference: loss {loss:.2g}, gradient norm {norm:.2g} (noise {noise:.2g})")  # fmt: skip
     assert expected.losses[-1] < expected.losses[0] - 0.2, "the comparison means something: training moved"
     assert max(expected.norms) > CLIP, "and clipping took part in it"
-    assert loss < LOSS_TOLERANCE and norm < NORM_TOLERANCE
+    assert loss < LOSS_TOLERANCE and norm < max(NORM_TOLERANCE, NOISE_FACTOR * noise)
 
 
 @pytest.fixture(scope="module")
