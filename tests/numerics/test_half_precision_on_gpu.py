@@ -41,9 +41,9 @@ STEPS, MICRO_BATCHES, SEED = 40, 4, 1234
 RATE, BETAS, EPSILON, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5
 LOSS_TOLERANCE = 2e-3  # relative; seen on an H100: 3e-4 and less, all cases
 NOISE_FACTOR, NORM_TOLERANCE = 5.0, 1e-2
-"""Rounding grows in forty steps, most in gradient norms: on an H100 to 0.12 between runs whose first master weights
-were rounded to bf16 or not. How much is measured: the plain loop runs once more, from master weights that differ by an fp32
-rounding. Norms may differ by this factor of that, or by the tolerance if it is larger."""
+"""Rounding grows in forty steps, most in gradient norms. How much is measured: the plain loop runs once more, from
+master weights that differ by an fp32 rounding. Norms may differ by this factor of that, or by the tolerance if that is
+larger."""
 NUDGE = 1e-7
 FP16_SCALE = 2.0**12
 """Fixed loss scale of the plain loop; the engine finds its own."""
