@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CAPACITY_STEPS = 32
+CAPACITY_STEPS = 8
 """``Batch.scored`` comes in this many sizes, so that a compiled model meets few shapes."""
 
 
@@ -45,7 +45,7 @@ class Batch:
     causal."""
     scored: Tensor | None = None
     """[capacity] int64, ascending and distinct indices into b*s: all positions with weight != 0, filled up with
-    positions of weight 0 to one of 32 sizes. Known on the CPU, so that the GPU never waits to learn a shape. None:
+    positions of weight 0 to one of eight sizes. Known on the CPU, so that the GPU never waits to learn a shape. None:
     all positions."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -122,7 +122,7 @@ def scored_positions(weighted: np.ndarray) -> Tensor | None:
     """``Batch.scored`` for ``weighted`` [b, s] bool, True where the weight is not 0; None when that takes all
     positions.
 
-    The size is the smallest multiple of ceil(b*s / 32) that holds them (at least one multiple), filled up with the
+    The size is the smallest multiple of ceil(b*s / 8) that holds them (at least one multiple); it is filled up with the
     first positions of weight 0, which add exactly 0 to the loss and to its gradients.
     """
     chosen = weighted.reshape(-1).copy()  # [b*s]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,18 @@ def test_ranks_are_the_launcher_s_children_with_a_rank() -> None:
     finally:
         end_session(process)
         process.stdout.close()
-    for pid in children:  # dead, and perhaps not yet waited for by init
-        stat = Path(f"/proc/{pid}/stat")
-        assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    patience = time.monotonic() + 30  # a busy machine takes a while to deliver the signal
+    while any(map(_runs, children)):
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is neither gone nor dead and not yet waited for by init."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_lines() -> None:
