@@ -132,7 +132,7 @@ PYTHON
         while IFS= read -r prefix; do
             for suffix in bin idx; do
                 [[ -f $prefix.$suffix ]] ||
-                    stop_with "${!name} names $prefix, but there is no $prefix.$suffix: tools/preprocess_data.py makes it (utils/datapaths/README.md)"
+                    stop_with "${!name} names $prefix, but there is no $prefix.$suffix: tools/preprocess_data.py makes it (docs/data.md)"
             done
         done <<<"$prefixes"
     done
