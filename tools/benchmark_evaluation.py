@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron.budget import GPT2_VOCABULARY, read_model_table
-from megatron.config import ModelConfig
-from megatron.errors import UserError
+from megatron.budget import GPT2_VOCABULARY
 from megatron.inference.forward import final_hidden, token_scores
 from megatron.inference.likelihood import Estimation, Request, likelihoods
 from megatron.inference.mask_draws import levels, mask_noise, monte_carlo
@@ -24,6 +22,7 @@ from megatron.inference.scoring import Scorer
 from megatron.model.gpt import build_layers, initialize_weights
 from megatron.model.sharding import SequentialGPT
 from megatron.tokenizer import Vocabulary, build_tokenizer, build_vocabulary
+from tools.benchmark_runs import table_row
 from tools.tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 PROMPT_TOKENS, ANSWER_TOKENS, CHOICES = 30.0, 4.5, 4
@@ -82,15 +81,7 @@ def benchmark_evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(arguments: argparse.Namespace, vocabulary: Vocabulary, device: torch.device) -> SequentialGPT:
-    table = read_model_table()
-    if arguments.model not in table:
-        raise UserError(f"--model {arguments.model}: no such row in utils/model_params.sh; rows are {', '.join(table)}")
-    row = table[arguments.model]
-    config = ModelConfig(
-        num_layers=row.layers, hidden_size=row.d_model, num_attention_heads=row.heads, kv_channels=row.head_size,
-        max_position_embeddings=arguments.seq_length, use_rotary_position_embeddings=True, normalization="rmsnorm",
-        swiglu=True, disable_bias_linear=True,
-    )
+    config = table_row(arguments.model).model(arguments.seq_length)
     with device:
         layers = build_layers(config, vocabulary.padded_size, vocabulary.num_tokens, arguments.objective == "ar")
     initialize_weights(layers, config, 1234)

@@ -30,7 +30,7 @@ if __package__ in (None, ""):
 
 from megatron.budget import GPT2_VOCABULARY, ModelRow, flops_per_token, peak_flops
 from megatron.errors import UserError
-from tools.benchmark_runs import row_model, table_row
+from tools.benchmark_runs import table_row
 
 PADDED_VOCABULARY = -(-(GPT2_VOCABULARY + 1) // 128) * 128
 EPSILON = 1e-3
@@ -233,7 +233,9 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
         first_step_at = first_step_at or time.time()
     tokens = arguments.global_batch_size * arguments.seq_length
     median = statistics.median(seconds[arguments.warmup :] or seconds[-1:])
-    config = row_model(row, arguments.seq_length, arguments.dropout)
+    config = row.model(
+        arguments.seq_length, attention_dropout=arguments.dropout, hidden_dropout=arguments.dropout
+    )
     causal = arguments.objective == "ar"
     flops = flops_per_token(config, arguments.seq_length, GPT2_VOCABULARY, causal=causal) * tokens / median
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from megatron.budget import GPT2_VOCABULARY, ModelRow, read_model_table
-from megatron.config import ModelConfig
 from megatron.data.indexed_dataset import IndexedDatasetWriter
 from megatron.errors import UserError
 from megatron.metrics import read_metrics
@@ -76,15 +75,6 @@ def table_row(name: str) -> ModelRow:
     if name not in table:
         raise UserError(f"--model {name}: no such row in utils/model_params.sh; rows are {', '.join(table)}")
     return table[name]
-
-
-def row_model(row: ModelRow, seq_length: int, dropout: float) -> ModelConfig:
-    """The model that the published recipe trains for a row of the table."""
-    return ModelConfig(
-        num_layers=row.layers, hidden_size=row.d_model, num_attention_heads=row.heads, kv_channels=row.head_size,
-        max_position_embeddings=seq_length, use_rotary_position_embeddings=True, normalization="rmsnorm", swiglu=True,
-        disable_bias_linear=True, attention_dropout=dropout, hidden_dropout=dropout,
-    )  # fmt: skip
 
 
 def recipe_flags(row: ModelRow, directory: Path, seq_length: int, dropout: float) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from megatron import budget
-from megatron.config import ModelConfig
 from megatron.memory import Split, estimate
 from megatron.tokenizer import build_vocabulary
 from tools import benchmark
@@ -66,13 +65,9 @@ def measured(case: Case, directory: Path) -> float:
 
 def estimated(case: Case) -> float:
     """The same by ``megatron.memory``."""
-    row = budget.read_model_table()[case.model]
-    model = ModelConfig(
-        num_layers=row.layers, hidden_size=row.d_model, num_attention_heads=row.heads, kv_channels=row.head_size,
-        max_position_embeddings=SEQ_LENGTH, use_rotary_position_embeddings=True, normalization="rmsnorm", swiglu=True,
-        disable_bias_linear=True, hidden_dropout=case.dropout, attention_dropout=case.dropout,
-        checkpoint_activations=case.recompute,
-    )  # fmt: skip
+    model = budget.read_model_table()[case.model].model(
+        SEQ_LENGTH, hidden_dropout=case.dropout, attention_dropout=case.dropout, checkpoint_activations=case.recompute
+    )
     found = estimate(
         model, Split(gpus=1, zero_stage=case.zero_stage, offload=case.offload),
         vocabulary=build_vocabulary(budget.GPT2_VOCABULARY, 128).padded_size, micro_batch_size=case.micro_batch,

@@ -15,6 +15,8 @@ import pytest
 from training_faults import lose_rank
 from training_runs import Corpus, Fault, Launcher, curve
 
+from tools.benchmark_runs import descendants
+
 pytestmark = pytest.mark.slow
 
 SPLITS = {
@@ -106,12 +108,3 @@ def is_rank(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes() and "launch" not in command(pid).split("pre")[0]
     return False
-
-
-def descendants(pid: int) -> list[int]:
-    """Children of ``pid`` and theirs, oldest first."""
-    found = []
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found

@@ -17,7 +17,6 @@ from megatron.budget import ModelRow
 from megatron.model.gpt import build_layers, initialize_weights
 from megatron.model.sharding import SequentialGPT
 from tools import benchmark_reference as reference
-from tools.benchmark_runs import row_model
 
 ROW = ModelRow("tiny", d_model=32, table_ffn=0, head_size=8, heads=4, layers=2)
 VOCABULARY, LENGTH, BATCH = 96, 16, 3
@@ -26,7 +25,7 @@ VOCABULARY, LENGTH, BATCH = 96, 16, 3
 @pytest.mark.parametrize("causal", [True, False])
 def test_bare_model_is_ours(causal: bool) -> None:
     """As many parameters, and with the same weights the same loss and gradients."""
-    config = row_model(ROW, LENGTH, 0.0)
+    config = ROW.model(LENGTH, attention_dropout=0.0, hidden_dropout=0.0)
     layers = build_layers(config, VOCABULARY, VOCABULARY, causal)
     initialize_weights(layers, config, 1)
     ours = SequentialGPT(layers, config)
@@ -122,7 +121,7 @@ def test_the_loop_trains(tmp_path: Path, kind: str, objective: str) -> None:
     padding = (50_304 - 50_257) * row.d_model
     assert figures["parameters"] == row.parameters - (4 * row.layers - 1) * row.d_model + padding
     assert figures["first_loss"] == pytest.approx(math.log(50_304), rel=0.01 if objective == "ar" else 0.5)
-    flops = budget.flops_per_token(row_model(row, LENGTH, 0.0), LENGTH, 50_257, causal=objective == "ar")
+    flops = budget.flops_per_token(row.model(LENGTH), LENGTH, 50_257, causal=objective == "ar")
     assert figures["tflops"] * 1e12 == pytest.approx(figures["tokens_per_second"] * flops)
     assert figures["mfu"] is None and figures["memory_gb"] > 0
 
