@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron.config import ModelConfig
 from megatron.distributed.topology import Topology
 from megatron.model.gpt import Head, Recipe, State, named_parameters
-from megatron.model.sharding import run_layers, stage_bounds
+from megatron.model.sharding import Runner, run_in_order, run_layers, stage_bounds
 
 TIED = "embedding"
 """Under this key first and last stage share the embedding: they sum its gradient and count it once."""
@@ -28,6 +28,7 @@ class PipelinedGPT(PipelineModule):
 
     def __init__(self, layers: Sequence[Recipe], config: ModelConfig, topology: Topology) -> None:
         self.config = config
+        self.run_blocks: Runner = run_in_order
         grid = topology.grid
         with topology.device:
             super().__init__(
@@ -59,7 +60,7 @@ class PipelinedGPT(PipelineModule):
     def forward(self, state: State) -> State:
         """What the previous stage sent (or inputs, positions[, mask]) -> what the next stage, or the head, reads."""
         body = [layer for layer in self.layers if not isinstance(layer, Head)]
-        return run_layers(body, state, self.config, self.training)
+        return run_layers(body, state, self.config, self.training, self.run_blocks)
 
     def loss(self, state: State, labels: tuple[Tensor, ...]) -> Tensor:
         """On the last stage: ``sum(nll * weights)``, a scalar; in evaluation its sums over rows [b].

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounter
 
+from megatron.model import sharding
 from megatron.model.sharding import SequentialGPT, compile_blocks, plan_recomputation
 
 Batch = dict[str, torch.Tensor]
@@ -108,25 +108,41 @@ def test_plan(make_model: Make) -> None:
     assert plan(**full, recompute_method="block", recompute_num_layers=2) == [(1, True), (1, True), (3, False)]
 
 
+@pytest.mark.parametrize(("shallow", "together"), [(3, True), (2, False)], ids=["shallow", "deep"])
 @pytest.mark.parametrize("changes", [{}, RECOMPUTE[0], RECOMPUTE[3]], ids=["plain", "full", "selective"])
-def test_blocks_compile_to_one_graph(make_model: Make, batch: Batch, changes: dict[str, Any]) -> None:
-    """All blocks share one compiled frame, later steps compile nothing, names and numbers stay."""
+def test_blocks_compile_to_one_graph(
+    make_model: Make,
+    batch: Batch,
+    changes: dict[str, Any],
+    shallow: int,
+    together: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All blocks are one compiled frame, or share one; later steps compile nothing, names and numbers stay."""
+    monkeypatch.setattr(sharding, "BLOCKS_IN_ONE_GRAPH", shallow)
     torch.compiler.reset()
     plain, model = make_model(num_layers=3, **changes), make_model(num_layers=3, **changes)
-    counter = CompileCounter()
-    compile_blocks(model, backend=counter)
+    graphs: list[int] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        """A backend that changes nothing and notes how many attentions the graph holds."""
+        called = [str(node.target) for node in graph.graph.nodes]
+        graphs.append(sum("scaled_dot_product" in name or "checkpoint" in name for name in called))
+        return graph.forward
+
+    compile_blocks(model, backend=record)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
     for scored in (None, torch.arange(48), torch.arange(48)):
         loss, expected = model(**batch, scored=scored), plain(**batch)
         torch.testing.assert_close(loss, expected)
         for gradient, wanted in zip(gradients(model, loss), gradients(plain, expected)):
             torch.testing.assert_close(gradient, wanted)
-    frames = counter.frame_count
-    assert frames == 2  # the block and the loss
+    whole = together and changes != RECOMPUTE[0]  # blocks that are recomputed whole are compiled one by one
+    assert graphs == [3 if whole else 1, 0]  # the blocks and the loss
     for count in (40, 32, 24):
         batch["weights"].view(-1)[count:] = 0
         model(**batch, scored=torch.arange(count)).backward()
-    assert counter.frame_count == frames + 1  # the loss, once more, for any number of rows
+    assert graphs[2:] == [0]  # the loss, once more, for any number of rows
     torch.compiler.reset()
 
 
