@@ -14,7 +14,6 @@ from megatron.model.cross_entropy import chunk_terms
 from megatron.model.gpt import Block, Head, Reduction, State, named_parameters
 from megatron.model.rope import rotary_table
 
-
 BLOCKS_IN_ONE_GRAPH = 12
 """Up to this many blocks are compiled as one graph: kernels join across blocks, and a small model waits less for Python
 (7M, three blocks: 17 % faster than one by one; 57M, nine: 3 %). Deeper models would wait longer for the compiler."""
