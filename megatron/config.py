@@ -43,12 +43,18 @@ class ParallelConfig(Options):
     local_rank: int | None = option("set by launchers", None, at_least=0, flag="--local_rank")
     distributed_backend: str | None = option("collectives [nccl with GPUs, else gloo]", None, choices=("nccl", "gloo"))
     distributed_timeout_minutes: int = option("a collective that takes longer ends the run", 10, at_least=1)
-    compile: bool | None = option("torch.compile the transformer blocks [on with a GPU, below ZeRO 3]", None)
+    compile: bool | None = option("torch.compile the transformer blocks [on with a GPU]", None)
+    activation_memory_budget: float | None = option(
+        "compiled blocks keep about this share of their activations and recompute the cheapest of the rest [all]", None,
+        at_least=0, at_most=1,
+    )
     seed: int = option("seed of weights, data order, noise and dropout", 1234, at_least=0, below=2**63)
 
     def _check(self) -> None:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1: drop it")
+        if self.activation_memory_budget is not None and self.compile is False:
+            raise UserError("--activation-memory-budget is the compiler's to keep: drop it, or --no-compile")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ def check_run(config: RunConfig) -> None:
     """Raise UserError where the concerns of ``config`` contradict each other; needs no knowledge of the processes."""
     _check_tensor_parallel(config)
     _check_pipeline(config)
-    _check_zero(config)
     _check_length(config)
     _check_data(config)
     # Without a global batch size, quantities in steps have no value yet: resolve_for_world builds a new RunConfig.
@@ -111,12 +110,6 @@ def check_vocabulary(config: RunConfig, padded_size: int) -> None:
             f"--tensor-model-parallel-size {ranks} does not divide the padded vocabulary of {padded_size}: set "
             f"--make-vocab-size-divisible-by to a multiple of {ranks}"
         )
-
-
-def _check_zero(config: RunConfig) -> None:
-    """What ZeRO 3 moves while a block runs, a compiled block would not see move."""
-    if config.parallel.zero_stage == 3 and config.parallel.compile:
-        raise UserError("--compile does not go with --zero-stage 3: drop it, or use --zero-stage 2")
 
 
 def _check_length(config: RunConfig) -> None:

@@ -28,6 +28,7 @@ from megatron.distributed.agreement import agree_on_error
 from megatron.distributed.topology import Topology
 from megatron.errors import UserError
 from megatron.inference.weights import WEIGHT, find_state, own_part
+from megatron.model.gpt import Block
 from megatron.objectives.base import Batch
 from megatron.optimizer import build_optimizer
 from megatron.trace_shares import OPTIMIZER
@@ -266,6 +267,14 @@ def partitioned(config: RunConfig, topology: Topology) -> Iterator[None]:
         data_parallel_group=topology.data_group, config_dict_or_path=merged, mpu=topology.mpu
     ):
         yield
+
+
+def gather_by_block(model: torch.nn.Module) -> None:
+    """Let ZeRO 3 gather the parameters of a transformer block together, before the block runs, not layer by layer
+    within it: a compiled block would not see them come and go."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [Block])
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from megatron.data import Dataset, build_dataset, describe_helpers
 from megatron.distributed.agreement import agree_on_error
 from megatron.distributed.tensor_parallel import tensor_parallel
 from megatron.distributed.topology import Topology
-from megatron.engine import Engine, partitioned, whole_parameter
+from megatron.engine import Engine, gather_by_block, partitioned, whole_parameter
 from megatron.errors import UserError
 from megatron.evaluation import Validator
 from megatron.lr_schedule import LearningRateSchedule
@@ -176,7 +176,11 @@ def build_model(
     config: RunConfig, vocabulary: Vocabulary, causal: bool, topology: Topology
 ) -> SequentialGPT | PipelinedGPT:
     """This process's part of the model with its initial weights, its blocks compiled if ``--compile`` (default: on a
-    GPU, below ZeRO 3)."""
+    GPU).
+
+    Raises:
+        UserError: ``--activation-memory-budget`` without compiled blocks.
+    """
     tensor = tensor_parallel(topology, config.parallel.sequence_parallel)
     sizes = (vocabulary.padded_size, vocabulary.num_tokens)
     model: SequentialGPT | PipelinedGPT
@@ -189,9 +193,15 @@ def build_model(
     initialize_weights(list(model.layers), config.model, config.parallel.seed, model.first_layer, access)
     compiled = config.parallel.compile
     if compiled is None:
-        compiled = topology.device.type == "cuda" and config.parallel.zero_stage < 3
+        compiled = topology.device.type == "cuda"
     if compiled:
-        compile_blocks(model)
+        if config.parallel.zero_stage == 3:
+            gather_by_block(model)
+        compile_blocks(
+            model, one_by_one=config.parallel.zero_stage == 3, memory_budget=config.parallel.activation_memory_budget
+        )
+    elif config.parallel.activation_memory_budget is not None:
+        raise UserError("--activation-memory-budget needs compiled blocks: add --compile, or drop it")
     return model
 
 

@@ -34,11 +34,11 @@ def final_hidden(
     None: the past of a causal model, everything in a bidirectional one.
     """
     embedding, *rest, _ = model.layers
-    hidden, _ = embedding((inputs, positions))
+    hidden, _ = embedding(inputs, positions)
     mask = () if attention_mask is None else (attention_mask,)
     state = (hidden, places(model, positions), *mask)
     for layer in rest:
-        state = layer(state)
+        state = layer(*state)
     return state[0]
 
 

@@ -39,7 +39,7 @@ class CachedModel:
         self._valid[:, start:stop] = valid
         mask = self._mask(start, stop)
         embedding, *blocks, final_norm, _ = self.model.layers
-        hidden, _ = embedding((inputs, positions))
+        hidden, _ = embedding(inputs, positions)
         table = places(self.model, positions)
         for index, block in enumerate(blocks):
             assert isinstance(block, Block)
@@ -47,7 +47,7 @@ class CachedModel:
             hidden = hidden + attended
             hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
         self.length = stop
-        final: Tensor = final_norm((hidden,))[0]
+        final: Tensor = final_norm(hidden)[0]
         return final
 
     def keep(self, rows: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The GPT as ONE list of layers: Embedding, blocks, final norm, head. ``sharding`` makes a model of the list.
 
-Every layer maps a tuple of tensors ``(hidden, places[, attention_mask])`` to a tuple of the same form (the head ends
-the list with its loss or its logits), so the list can be cut anywhere. ``places`` are positions [b, s] int64; whoever
+Every layer takes ``hidden, places[, attention_mask]`` and returns them as a tuple (the head ends the list with its loss
+or its logits), so the list can be cut anywhere. ``places`` are positions [b, s] int64; whoever
 owns a run of blocks may replace them once by the rotary table [b, s, head_size] fp32, which each block would else
 compute itself. With sequence parallelism the hidden state between layers is [own tokens, h] (see
 ``distributed.tensor_parallel``).
@@ -66,9 +66,8 @@ class Embedding(nn.Module):
         places = config.max_position_embeddings
         self.position_embeddings = PositionEmbedding(places, config.hidden_size, tensor) if learned else None
 
-    def forward(self, state: State) -> State:
-        """(inputs [b, s] int64, positions [b, s] int64[, mask]) -> (hidden [b, s, h], positions[, mask])."""
-        inputs, positions, *mask = state
+    def forward(self, inputs: Tensor, positions: Tensor, *mask: Tensor) -> State:
+        """inputs [b, s] int64, positions [b, s] int64[, mask] -> (hidden [b, s, h], positions[, mask])."""
         hidden = self.word_embeddings(inputs)
         if self.position_embeddings is not None:
             hidden = hidden + self.position_embeddings(positions)
@@ -87,9 +86,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = build_norm(config, tensor)
         self.mlp = MLP(config, tensor)
 
-    def forward(self, state: State) -> State:
-        """(hidden [b, s, h], places[, mask]) -> the same with the next hidden."""
-        hidden, places, *mask = state
+    def forward(self, hidden: Tensor, places: Tensor, *mask: Tensor) -> State:
+        """hidden [b, s, h], places[, mask] -> the same with the next hidden."""
         attended = self.self_attention(self.input_layernorm(hidden), places, *mask)
         hidden = hidden + _dropout(attended, self.dropout, self.training, self.tensor)
         inner = self.mlp(self.post_attention_layernorm(hidden))
@@ -104,9 +102,9 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.final_layernorm = build_norm(config, tensor)
 
-    def forward(self, state: State) -> State:
-        """(hidden [b, s, h], ...) -> the same, normalised."""
-        return self.final_layernorm(state[0]), *state[1:]
+    def forward(self, hidden: Tensor, *rest: Tensor) -> State:
+        """hidden [b, s, h], ... -> the same, normalised."""
+        return self.final_layernorm(hidden), *rest
 
 
 class Head(nn.Module):

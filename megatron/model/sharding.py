@@ -25,7 +25,7 @@ Runner = Callable[[Sequence[nn.Module], State], State]
 def run_in_order(layers: Sequence[nn.Module], state: State) -> State:
     """The state behind the last of ``layers``."""
     for layer in layers:
-        state = layer(state)
+        state = layer(*state)
     return state
 
 
@@ -137,21 +137,32 @@ class Runs(Protocol):
         """Every module, layers included."""
 
 
-def compile_blocks(model: Runs, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_blocks(
+    model: Runs,
+    backend: str | Callable[..., Any] = "inductor",
+    *,
+    one_by_one: bool = False,
+    memory_budget: float | None = None,
+) -> None:
     """``torch.compile`` the blocks and the pointwise part of the loss, in place: parameter names stay.
 
     The blocks of a deep model share one graph of a single block, so that it compiles as fast as a shallow one; those of
-    a shallow one (up to ``BLOCKS_IN_ONE_GRAPH``) form one graph together, unless whole blocks are recomputed. Shapes
-    of blocks are static; the loss may see another number of rows in each batch. Call it before DeepSpeed wraps the
-    model.
+    a shallow one (up to ``BLOCKS_IN_ONE_GRAPH``) form one graph together, unless whole blocks are recomputed or are to
+    be called ``one_by_one``, as ZeRO 3 needs. Shapes of blocks are static; the loss may see another number of rows in
+    each batch. Call it before DeepSpeed wraps the model: what it hooks to a block runs outside the compiled code.
+
+    ``memory_budget``, in 0 .. 1: of the bytes between keeping a block's inputs only (0) and all that its backward pass
+    would read (1), the share that may be kept; the compiler recomputes what is cheapest for its size.
     """
+    if memory_budget is not None:
+        torch._functorch.config.activation_memory_budget = memory_budget  # read at the first pass; the only door to it
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     recomputed = model.config.recompute is not None and model.config.recompute[0] == "full"
-    if len(blocks) <= BLOCKS_IN_ONE_GRAPH and not recomputed:
+    if len(blocks) <= BLOCKS_IN_ONE_GRAPH and not recomputed and not one_by_one:
         model.run_blocks = torch.compile(run_in_order, backend=backend, dynamic=False)
     else:
         for block in blocks:
-            block.compile(backend=backend, dynamic=False)
+            block.forward = torch.compile(block.forward, backend=backend, dynamic=False)  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, Head):
             module.terms = torch.compile(chunk_terms, backend=backend)

@@ -231,7 +231,8 @@ WRONG: list[tuple[Any, dict[str, Any], list[str]]] = [
     (run, {"parallel": pipeline(2, no_pipeline_parallel=True)}, ["--no-pipeline-parallel", "--pipeline-model-"]),
     (run, {"parallel": pipeline(2, zero_stage=2)}, ["--pipeline-model-parallel-size 2", "use --zero-stage 1"]),
     (run, {"parallel": pipeline(2, zero_stage=3)}, ["--zero-stage 3", "--tensor-model-parallel-size instead"]),
-    (run, {"parallel": ParallelConfig(zero_stage=3, compile=True)}, ["--compile", "--zero-stage 3"]),
+    (ParallelConfig, {"compile": False, "activation_memory_budget": 0.5}, ["--activation-memory-budget", "drop it"]),
+    (ParallelConfig, {"activation_memory_budget": 1.5}, ["--activation-memory-budget 1.5", "<= 1"]),
 ]
 
 

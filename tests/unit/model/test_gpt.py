@@ -126,7 +126,7 @@ def test_dropout_keeps_the_mean_and_drops_the_share(make_config: Callable[..., M
     embedding = build_layers(config, 40, 37, causal=True)[0]
     torch.nn.init.ones_(embedding.word_embeddings.weight)
     torch.manual_seed(0)
-    hidden = embedding((torch.zeros(64, 64, dtype=torch.int64), torch.zeros(64, 64, dtype=torch.int64)))[0]
+    hidden = embedding(torch.zeros(64, 64, dtype=torch.int64), torch.zeros(64, 64, dtype=torch.int64))[0]
     share = (hidden == 0).float().mean()
     assert abs(share - 0.25) < 5 * (0.25 * 0.75 / hidden.numel()) ** 0.5
     torch.testing.assert_close(hidden[hidden != 0].unique(), torch.tensor([4 / 3]))
@@ -137,6 +137,6 @@ def test_pieces_of_the_list_work_on_positions(make_model: Make, batch: Batch) ->
     model = make_model()
     state = (batch["inputs"], batch["positions"])
     for layer in model.layers[:-1]:
-        state = layer(state)
+        state = layer(*state)
         assert torch.equal(state[1], batch["positions"])
     assert torch.equal(model.layers[-1](state), model.logits(batch["inputs"], batch["positions"]))

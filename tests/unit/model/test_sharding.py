@@ -21,6 +21,19 @@ def gradients(model: SequentialGPT, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
+def kept_bytes(model: SequentialGPT, batch: Batch) -> int:
+    """Bytes that a forward pass keeps for the backward pass."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(sizes.values())
+
+
 def plain_loss(model: SequentialGPT, batch: Batch) -> torch.Tensor:
     """[b] sums of nll * weights from full logits."""
     logits = model.logits(batch["inputs"], batch["positions"])
@@ -81,18 +94,7 @@ def test_recomputation_changes_nothing(make_model: Make, batch: Batch, changes: 
 
 @pytest.mark.parametrize("changes", RECOMPUTE, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_recomputation_keeps_fewer_tensors(make_model: Make, batch: Batch, changes: dict[str, Any]) -> None:
-    def kept(model: SequentialGPT) -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(**batch)
-        return sum(sizes.values())
-
-    assert kept(make_model(num_layers=3, **changes)) < kept(make_model(num_layers=3))
+    assert kept_bytes(make_model(num_layers=3, **changes), batch) < kept_bytes(make_model(num_layers=3), batch)
 
 
 def test_plan(make_model: Make) -> None:
@@ -152,3 +154,20 @@ def test_half_precision_follows_fp32(make_model: Make, batch: Batch, causal: boo
     loss = make_model(causal, torch.bfloat16)(**batch)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, make_model(causal)(**batch), rtol=3e-2, atol=0)
+
+
+def test_memory_budget(make_model: Make, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller share keeps fewer bytes for the backward pass; loss and gradients stay."""
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+    sizes = []
+    for budget in (None, 0.5, 0.0):
+        torch.compiler.reset()
+        plain, model = make_model(num_layers=3), make_model(num_layers=3)
+        compile_blocks(model, backend="aot_eager_decomp_partition", memory_budget=budget)
+        sizes.append(kept_bytes(model, batch))
+        loss, expected = model(**batch), plain(**batch)
+        torch.testing.assert_close(loss, expected)
+        for gradient, wanted in zip(gradients(model, loss), gradients(plain, expected)):
+            torch.testing.assert_close(gradient, wanted)
+    assert sizes[2] < 0.6 * sizes[1] < 0.5 * sizes[0]
+    torch.compiler.reset()
