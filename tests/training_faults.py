@@ -189,6 +189,22 @@ def small_files_after_step(step: int, size: int) -> None:
     training.Loop.step = step_and_limit  # type: ignore[method-assign]
 
 
+def no_compilation_after(step: int) -> None:
+    """Let every later step fail in which torch.compile meets a shape or a value that it has no code for."""
+    import torch
+
+    from megatron import training
+
+    one_step = training.Loop.step
+
+    def strict_step(loop: Any, batches: Any) -> None:
+        stance = "default" if loop.progress.iteration < step else "fail_on_recompile"
+        with torch.compiler.set_stance(stance):
+            one_step(loop, batches)
+
+    training.Loop.step = strict_step  # type: ignore[method-assign]
+
+
 def unmask_inputs() -> None:
     """Let the diffusion model see a quarter of the tokens that it is scored on: the mistake that an entropy finds."""
     from megatron.objectives.masked_diffusion import MaskedDiffusion

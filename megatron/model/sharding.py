@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config import ModelConfig
-from megatron.model.cross_entropy import chunk_terms
+from megatron.model.cross_entropy import Terms, chunk_terms
 from megatron.model.gpt import Block, Head, Reduction, State, named_parameters
 from megatron.model.rope import rotary_table
 
@@ -165,4 +165,15 @@ def compile_blocks(
             block.forward = torch.compile(block.forward, backend=backend, dynamic=False)  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, Head):
-            module.terms = torch.compile(chunk_terms, backend=backend)
+            module.terms = _for_any_rows(torch.compile(chunk_terms, backend=backend))
+
+
+def _for_any_rows(compiled: Terms) -> Terms:
+    """``compiled``, told from its first call on that the number of rows will change: no other size compiles again."""
+
+    def terms(logits: Tensor, targets: Tensor, weights: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        for tensor in (logits, targets, weights):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(logits, targets, weights, num_tokens)
+
+    return terms
