@@ -13,11 +13,15 @@ from megatron.errors import UserError
 if TYPE_CHECKING:  # megatron.config calls this module
     from megatron.config import RunConfig
 
+FP8_ALIGNMENT = 16
+"""Sides of matrices that are multiplied in fp8 are multiples of it: cuBLAS wants rows of whole 16 bytes."""
+
 
 def check_run(config: RunConfig) -> None:
     """Raise UserError where the concerns of ``config`` contradict each other; needs no knowledge of the processes."""
     _check_tensor_parallel(config)
     _check_pipeline(config)
+    _check_fp8(config)
     _check_length(config)
     _check_data(config)
     # Without a global batch size, quantities in steps have no value yet: resolve_for_world builds a new RunConfig.
@@ -99,6 +103,29 @@ def _check_pipeline(config: RunConfig) -> None:
             f"{flag} does not go with --zero-stage {config.parallel.zero_stage}: use --zero-stage 1, or "
             f"--tensor-model-parallel-size instead of a pipeline"
         )
+
+
+def _check_fp8(config: RunConfig) -> None:
+    """Every side of every matrix that is multiplied in fp8 must be a multiple of ``FP8_ALIGNMENT``."""
+    if not config.optimizer.fp8:
+        return
+    if config.parallel.sequence_parallel:
+        raise UserError("--fp8 does not go with --sequence-parallel, whose products are not in fp8: drop one of them")
+    model, ranks = config.model, config.parallel.tensor_model_parallel_size
+    query, key = model.num_attention_heads * model.head_size, model.num_kv_heads * model.head_size
+    sizes = {
+        f"--hidden-size {model.hidden_size}": model.hidden_size,
+        f"the {query // ranks} query features of a rank (--kv-channels, --num-attention-heads)": query // ranks,
+        f"the {(query + 2 * key) // ranks} query, key and value features of a rank (--kv-channels, "
+        "--num-key-value-heads)": (query + 2 * key) // ranks,
+        f"the MLP's width of {model.ffn_size // ranks} a rank (--ffn-hidden-size)": model.ffn_size // ranks,
+        f"the {config.batch.micro_batch_size * config.batch.seq_length} tokens of a micro-batch (--seq-length, "
+        "--micro-batch-size)": config.batch.micro_batch_size * config.batch.seq_length,
+    }
+    for name, size in sizes.items():
+        if size % FP8_ALIGNMENT:
+            split = f" with --tensor-model-parallel-size {ranks}" if ranks > 1 else ""
+            raise UserError(f"--fp8 needs multiples of {FP8_ALIGNMENT}, which {name}{split} is not: change it")
 
 
 def check_vocabulary(config: RunConfig, padded_size: int) -> None:

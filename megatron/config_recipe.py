@@ -275,12 +275,15 @@ class OptimizerConfig(Options):
     )
     bf16: bool = option("bfloat16 parameters with fp32 master weights and gradient accumulation", False)
     fp16: bool = option("float16 parameters with fp32 master weights and dynamic loss scaling", False)
+    fp8: bool = option("with --bf16: multiply in fp8 within the blocks while training (Hopper and newer, Ada)", False)
     loss_scale: float | None = option("static fp16 loss scale instead of a dynamic one", None, above=0)
     max_nan_steps: int = option("stop after this many steps in a row with a loss that is not finite", 3, at_least=1)
 
     def _check(self) -> None:
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other: keep one")
+        if self.fp8 and not self.bf16:
+            raise UserError("--fp8 needs --bf16, the format of everything between its products: add it")
         if self.loss_scale is not None and not self.fp16:
             raise UserError("--loss-scale needs --fp16: no other format scales the loss")
         if self.lr is not None and self.min_lr > self.lr:

@@ -18,7 +18,8 @@ from megatron.config_checks import check_vocabulary
 from megatron.config_record import describe
 from megatron.data import Dataset, build_dataset, describe_helpers
 from megatron.distributed.agreement import agree_on_error
-from megatron.distributed.tensor_parallel import tensor_parallel
+from megatron.distributed.fp8 import require_fp8
+from megatron.distributed.tensor_parallel import tensor_parallel, train_in_fp8
 from megatron.distributed.topology import Topology
 from megatron.engine import Engine, gather_by_block, partitioned, whole_parameter
 from megatron.errors import UserError
@@ -95,6 +96,8 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
     assert global_batch_size is not None, "resolve_for_world comes first"
     schedule = BatchSchedule(global_batch_size, config.batch.rampup_batch_size)
     with agree_on_error(topology):
+        if config.optimizer.fp8:
+            require_fp8(topology.device)
         tokenizer = build_tokenizer(config.tokenizer)
         vocabulary = build_vocabulary(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
         check_vocabulary(config, vocabulary.padded_size)
@@ -189,6 +192,8 @@ def build_model(
     else:
         with topology.device, partitioned(config, topology):
             model = SequentialGPT(build_layers(config.model, *sizes, causal, tensor), config.model)
+    if config.optimizer.fp8:
+        train_in_fp8(model)
     access = whole_parameter if config.parallel.zero_stage == 3 else None
     initialize_weights(list(model.layers), config.model, config.parallel.seed, model.first_layer, access)
     compiled = config.parallel.compile

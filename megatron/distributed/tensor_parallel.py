@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.distributed.collectives import copy_to_ranks, gathered_linear, sum_and_scatter_rows, sum_over_ranks
+from megatron.distributed.fp8 import fp8_linear
 from megatron.distributed.topology import Group, Topology
 
 
@@ -71,6 +72,7 @@ class ColumnParallelLinear(nn.Module):
         self.tensor = tensor
         self.weight = _cut(nn.Parameter(torch.empty(tensor.share(out_features), in_features)), tensor)
         self.bias = _cut(nn.Parameter(torch.zeros(tensor.share(out_features))), tensor) if bias else None
+        self.trains_in_fp8 = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in], the same on every rank -> [..., out / size]; with sequence parallelism, [own tokens, in] ->
@@ -78,7 +80,7 @@ class ColumnParallelLinear(nn.Module):
         if self.tensor.sequence_parallel:
             y = gathered_linear(x, self.weight, self.tensor.group)
             return y if self.bias is None else y + self.bias
-        return F.linear(copy_to_ranks(x, self.tensor.group), self.weight, self.bias)
+        return _linear(self, copy_to_ranks(x, self.tensor.group), self.bias)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -93,12 +95,13 @@ class RowParallelLinear(nn.Module):
         self.tensor = tensor
         self.weight = _cut(nn.Parameter(torch.empty(out_features, tensor.share(in_features))), tensor)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.trains_in_fp8 = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in / size] -> [..., out], the same on every rank; with sequence parallelism -> [own tokens, out]."""
         if self.tensor.group is None:
-            return F.linear(x, self.weight, self.bias)
-        y = reduce_to_residual(F.linear(x, self.weight), self.tensor)
+            return _linear(self, x, self.bias)
+        y = reduce_to_residual(_linear(self, x, None), self.tensor)
         return y if self.bias is None else y + copy_to_ranks(self.bias, self.tensor.token_group)
 
     def extra_repr(self) -> str:
@@ -202,6 +205,24 @@ def _cut(parameter: nn.Parameter, tensor: TensorParallel) -> nn.Parameter:
     if tensor.size > 1:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     return parameter
+
+
+def train_in_fp8(model: nn.Module) -> None:
+    """Let the linear layers of ``model``'s blocks multiply in fp8 while it trains; its evaluation stays as it is.
+
+    Embedding and head are no such layers: nothing is lost where the loss is made, and little time is spent there.
+    """
+    for layer in model.modules():
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            layer.trains_in_fp8 = True
+
+
+def _linear(layer: ColumnParallelLinear | RowParallelLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight^T (+ bias)`` by this rank's part of ``layer``, in the dtype of x or in fp8."""
+    if not (layer.trains_in_fp8 and layer.training):
+        return F.linear(x, layer.weight, bias)
+    y = fp8_linear(x, layer.weight)
+    return y if bias is None else y + bias
 
 
 def _sizes(layer: ColumnParallelLinear | RowParallelLinear) -> str:

@@ -124,6 +124,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "metrics not writable": ("--metrics-file {tmp}/text/metrics.jsonl", ("--metrics-file",)),
     "TensorBoard not writable": ("--tensorboard-dir {tmp}/text", ("--tensorboard-dir",)),
     "too little to train on": ("--train-iters 0 --train-samples 4", ("--train-iters 0",)),
+    "fp8 without a GPU": ("--bf16 --fp8", ("--fp8 needs a GPU: leave it out",)),
+    "fp8 without bf16": ("--fp8", ("--fp8 needs --bf16",)),
     "sequence too long": ("--seq-length 64", ("--seq-length 64", "--max-position-embeddings")),
     "flag without its value": ("--save", ("--save",)),
     "empty flag": ("--save=", ("--save is empty",)),

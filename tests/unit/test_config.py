@@ -57,6 +57,7 @@ def pipeline(stages: int, **changes: Any) -> ParallelConfig:
     return ParallelConfig(pipeline_model_parallel_size=stages, **changes)
 
 
+FP8 = OptimizerConfig(lr=1e-3, bf16=True, fp8=True)
 GPT2 = {"vocab_file": "v", "merge_file": "m"}
 ORDERS: dict[str, Any] = {"use_order_list": True, "num_order_list": 4}
 
@@ -231,6 +232,26 @@ WRONG: list[tuple[Any, dict[str, Any], list[str]]] = [
     (run, {"parallel": pipeline(2, no_pipeline_parallel=True)}, ["--no-pipeline-parallel", "--pipeline-model-"]),
     (run, {"parallel": pipeline(2, zero_stage=2)}, ["--pipeline-model-parallel-size 2", "use --zero-stage 1"]),
     (run, {"parallel": pipeline(2, zero_stage=3)}, ["--zero-stage 3", "--tensor-model-parallel-size instead"]),
+    (OptimizerConfig, {"fp8": True}, ["--fp8 needs --bf16"]),
+    (OptimizerConfig, {"fp8": True, "fp16": True}, ["--fp8 needs --bf16"]),
+    (run, {"optimizer": FP8, "model": model(hidden_size=40, num_attention_heads=4)}, ["--hidden-size 40"]),
+    (run, {"optimizer": FP8, "model": model(kv_channels=6)}, ["--fp8", "the 24 query features", "--kv-channels"]),
+    (
+        run,
+        {"optimizer": FP8, "model": model(kv_channels=4, num_key_value_heads=1)},
+        ["--fp8", "the 24 query, key and value features", "--num-key-value-heads"],
+    ),
+    (
+        run,
+        {"optimizer": FP8, "model": model(ffn_hidden_size=48), "parallel": tensor(2)},
+        ["--fp8", "multiples of 16", "MLP's width of 24 a rank (--ffn-hidden-size)", "--tensor-model-parallel-size 2"],
+    ),
+    (
+        run,
+        {"optimizer": FP8, "batch": batch(micro_batch_size=1, global_batch_size=1, seq_length=24)},
+        ["--fp8", "the 24 tokens of a micro-batch", "--seq-length"],
+    ),
+    (run, {"optimizer": FP8, "parallel": tensor(2, sequence_parallel=True)}, ["--fp8", "--sequence-parallel"]),
     (ParallelConfig, {"compile": False, "activation_memory_budget": 0.5}, ["--activation-memory-budget", "drop it"]),
     (ParallelConfig, {"activation_memory_budget": 1.5}, ["--activation-memory-budget 1.5", "<= 1"]),
 ]
