@@ -4,6 +4,9 @@ DeepSpeed writes its rank files into ``.tmp-global_step{N}``; ``run.json`` (what
 file) joins them last; everything is flushed to disk; one rename makes it ``global_step{N}``; one replace makes
 ``latest`` name it. A crash leaves at most a hidden directory, which the next start finishes or removes. Every step is
 agreed by all ranks: a failure on one of them is an error on all, and nothing is renamed.
+
+The engine may copy its state instead of writing it: then a thread of each rank writes the copy while training goes on,
+and what follows the writing is done once all ranks have. No collective call happens on that thread.
 """
 
 from __future__ import annotations
@@ -15,30 +18,33 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from megatron.checkpoint_directory import BEST_FILE, LATEST_FILE, TAG, Best, CheckpointDirectory, incomplete
 from megatron.distributed.agreement import agree_on_error, gather_objects
 from megatron.errors import UserError
 from megatron.files import PROBE, TEMPORARY, describe, flush, read_text, remove, write_atomically, write_json
-from megatron.rng_state import restore_rng, save_rng
-from megatron.run_metadata import METADATA_FILE, CheckpointMetadata, as_json, read_metadata
+from megatron.rng_state import restore_rng, rng_state, save_rng
+from megatron.run_metadata import METADATA_FILE, CheckpointMetadata, as_json
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron.distributed.topology import Topology
 
-__all__ = ["BEST_FILE", "LATEST_FILE", "Best", "CheckpointError", "CheckpointStore", "EngineSave", "restore_rng"]
+__all__ = ["BEST_FILE", "LATEST_FILE", "Best", "CheckpointError", "CheckpointStore", "PendingSave", "restore_rng"]
 
-LATEST_FILE: Final = "latest"
-BEST_FILE: Final = "best.json"
 _TRASH: Final = ".trash-"
 _PATIENCE: Final = 10.0  # seconds until a file of another node must have shown up
-_TAG: Final = re.compile(r"global_step\d+")
 _LEFTOVER: Final = re.compile(r"\.(tmp|trash)-global_step\d+|\.tmp-(latest|best\.json)|\.probe-[0-9a-f]{32}")
 
 Result = TypeVar("Result")
-EngineSave = Callable[[Path, str], None]  # (directory, tag): write this rank's files into directory/tag, or raise
+# (directory, tag): write this rank's files into directory/tag, or copy what belongs into them and return the function
+# that writes the copy and may run on another thread.
+EngineSave = Callable[[Path, str], Callable[[], None] | None]
 
 
 class CheckpointError(RuntimeError):
@@ -46,82 +52,30 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Best:
-    """``best.json``: this run's checkpoint of lowest validation loss; retention may have deleted it since."""
+class PendingSave:
+    """A checkpoint on its way: nothing but a hidden directory until :meth:`CheckpointStore.finish_save`."""
 
-    tag: str
-    iteration: int
-    loss: float
-    stderr: float | None = None
+    metadata: CheckpointMetadata
+    result: Future[tuple[list[str], float]]  # the files that this rank sees, and the seconds since the save began
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are written, or could not be."""
+        return self.result.done()
+
+    @property
+    def seconds(self) -> float:
+        """From the begin of the save to the end of this rank's last file; waits for it."""
+        return self.result.result()[1]
 
 
-class CheckpointStore:
-    """One checkpoint directory. Reading needs no other rank; :meth:`prepare` and :meth:`save` are collective calls."""
+class CheckpointStore(CheckpointDirectory):
+    """A checkpoint directory to write to: :meth:`prepare` and the saves are collective calls."""
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        super().__init__(directory)
         # Checkpoints that other runs left here: not ours to delete or to call best. Set by begin().
         self._foreign: frozenset[str] = frozenset()
-
-    # ---- reading ---------------------------------------------------------------------------------
-
-    def checkpoints(self) -> list[CheckpointMetadata]:
-        """Return the complete checkpoints, in the order they were written."""
-        return [metadata for metadata in self._stored() if _problem(self.directory / metadata.tag) is None]
-
-    def _stored(self) -> list[CheckpointMetadata]:
-        """The same without a look at every file; a directory whose ``run.json`` cannot be read is skipped."""
-        found = []
-        for path in self.directory.glob("global_step*"):
-            with contextlib.suppress(UserError):
-                if _TAG.fullmatch(path.name):
-                    found.append(read_metadata(path))
-        return sorted(found, key=lambda metadata: (metadata.sequence, metadata.iteration))
-
-    def latest_tag(self) -> str | None:
-        """Return the tag that ``latest`` names; without that file the last one written; None where there is none."""
-        named = read_text(self.directory / LATEST_FILE)
-        if named is not None:
-            return named.strip()
-        complete = self.checkpoints()
-        return complete[-1].tag if complete else None
-
-    def resolve(self, load_tag: str | None = None) -> str | None:
-        """Return the tag to load: ``load_tag``, else the latest; None where the directory is absent or empty.
-
-        Raises:
-            UserError: not a directory, no such tag, ``latest`` names one that is not there, or one that lacks files.
-        """
-        if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"--load {self.directory} is a file: name a checkpoint directory")
-        tag = self.latest_tag() if load_tag is None else load_tag
-        if tag is None:
-            return None
-        path = self.directory / tag
-        if not _TAG.fullmatch(tag) or not path.is_dir():
-            source = f"{self.directory / LATEST_FILE} names {tag!r}" if load_tag is None else f"--load-tag {load_tag}"
-            raise UserError(f"{source}: there is no such checkpoint in {self.directory}; {self._available()}")
-        problem = _problem(path)
-        if problem is not None:
-            raise UserError(f"checkpoint {path} is incomplete: {problem}; {self._available()}")
-        return tag
-
-    def metadata(self, tag: str) -> CheckpointMetadata:
-        """Return ``run.json`` of a checkpoint; UserError if it is missing or damaged."""
-        return read_metadata(self.directory / tag)
-
-    def best(self) -> Best | None:
-        """Return the best checkpoint of this run so far; UserError if ``best.json`` is damaged."""
-        path = self.directory / BEST_FILE
-        text = read_text(path)
-        try:
-            return None if text is None else Best(**json.loads(text))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is damaged ({error}): remove it") from error
-
-    def _available(self) -> str:
-        tags = ", ".join(m.tag for m in self.checkpoints())
-        return f"--load-tag can be one of: {tags}" if tags else "it holds no complete checkpoint"
 
     # ---- start of a run --------------------------------------------------------------------------
 
@@ -156,7 +110,7 @@ class CheckpointStore:
         reaches the same step.
         """
         start = -1 if resumed_iteration is None else resumed_iteration
-        stored = self._stored()
+        stored = self.stored()
         self._foreign = frozenset(m.tag for m in stored if m.iteration > start)
         if topology.rank == 0:
             # Also after a crash between `latest` and best.json.
@@ -184,10 +138,10 @@ class CheckpointStore:
         """Finish what a crash interrupted where ``latest`` depends on it, and remove every other hidden remainder."""
         latest = read_text(self.directory / LATEST_FILE)
         tag = "" if latest is None else latest.strip()
-        if _TAG.fullmatch(tag) and not (self.directory / tag).exists():
+        if TAG.fullmatch(tag) and not (self.directory / tag).exists():
             # A step was being saved over itself: the new copy, else the old one, is complete.
             for prefix in (TEMPORARY, _TRASH):
-                if _problem(self.directory / f"{prefix}{tag}") is None:
+                if incomplete(self.directory / f"{prefix}{tag}") is None:
                     os.rename(self.directory / f"{prefix}{tag}", self.directory / tag)
                     break
         for path in self.directory.iterdir():
@@ -199,38 +153,66 @@ class CheckpointStore:
     def save(self, engine_save: EngineSave, metadata: CheckpointMetadata, topology: Topology) -> Path:
         """Write one checkpoint and make ``latest`` name it; returns its directory. A collective call.
 
-        ``engine_save(directory, tag)`` writes this rank's files and must return or raise on every rank, even when
-        another rank fails (:func:`megatron.deepspeed_save.save_engine` sees to that). The generators of this rank are
-        saved beside them.
+        Raises CheckpointError as :meth:`start_save` and :meth:`finish_save` do.
+        """
+        return self.finish_save(self.start_save(engine_save, metadata, topology), topology)
+
+    def start_save(self, engine_save: EngineSave, metadata: CheckpointMetadata, topology: Topology) -> PendingSave:
+        """Write one checkpoint into a hidden directory, or begin to. A collective call.
+
+        ``engine_save(directory, tag)`` must return or raise on every rank, even when another rank fails
+        (:func:`megatron.deepspeed_save.save_engine` sees to that). What it returns runs on a thread. The generators of
+        this rank, as they are now, are saved beside the engine's files. One save is finished before the next starts.
 
         Raises:
             CheckpointError: some rank could not write (disk full, ...): earlier checkpoints are as they were and the
                 temporary directory is gone.
         """
+        began = time.perf_counter()
         name = f"{TEMPORARY}{metadata.tag}"
         temporary = self.directory / name
+        write: Callable[[], None] | None = None
+        generators: dict[str, torch.Tensor] = {}
 
         def make_directory() -> None:
             if topology.rank == 0:
                 remove(temporary)
                 os.mkdir(temporary)
 
-        def write_files() -> list[str]:
-            engine_save(self.directory, name)
-            save_rng(temporary, topology)
-            return [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
+        def write_or_copy() -> None:
+            nonlocal write, generators
+            write, generators = engine_save(self.directory, name), rng_state(topology.device)
+
+        def complete() -> tuple[list[str], float]:
+            if write is not None:
+                write()
+            save_rng(temporary, generators, topology)
+            files = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
+            return files, time.perf_counter() - began
 
         self._agree(make_directory, temporary, topology)
-        listings = self._agree(write_files, temporary, topology)
+        self._agree(write_or_copy, temporary, topology)
+        executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # a process waits for it at its end
+        result = executor.submit(complete)
+        executor.shutdown(wait=False)
+        return PendingSave(metadata, result)
+
+    def finish_save(self, pending: PendingSave, topology: Topology) -> Path:
+        """Wait for every rank's files, then make them a checkpoint, and ``latest`` name it; returns its directory.
+
+        A collective call. Raises CheckpointError as :meth:`start_save`.
+        """
+        temporary = self.directory / f"{TEMPORARY}{pending.metadata.tag}"
+        listings = self._agree(lambda: pending.result.result()[0], temporary, topology)
         # The union: on a network file system a node may not yet list what another one has just written.
         files = sorted(set().union(*listings))
 
         def commit() -> None:
             if topology.rank == 0:
-                self._commit(temporary, metadata, files)
+                self._commit(temporary, pending.metadata, files)
 
         self._agree(commit, temporary, topology)
-        return self.directory / metadata.tag
+        return self.directory / pending.metadata.tag
 
     def _agree(self, action: Callable[[], Result], temporary: Path, topology: Topology) -> list[Result]:
         """Run ``action`` on every rank and return all results; if it fails on any, raise on every one."""
@@ -259,7 +241,7 @@ class CheckpointStore:
             flush(temporary / name)
         complete = replace(
             metadata,
-            sequence=1 + max((m.sequence for m in self._stored()), default=0),
+            sequence=1 + max((m.sequence for m in self.stored()), default=0),
             saved_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             files={name: (temporary / name).stat().st_size for name in names},
         )
@@ -299,7 +281,7 @@ class CheckpointStore:
         """
         if topology.rank != 0 or keep_last == 0:
             return []
-        own = [m for m in self._stored() if m.tag not in self._foreign]
+        own = [m for m in self.stored() if m.tag not in self._foreign]
         chosen = own[-keep_last:] + _by_validation(own)[:keep_best]
         kept = {m.tag for m in chosen} | {self.latest_tag()}
         deleted = []
@@ -316,21 +298,6 @@ def _by_validation(stored: list[CheckpointMetadata]) -> list[CheckpointMetadata]
     """Checkpoints with a validation loss, lowest first; the earlier of two equals first."""
     measured = [(m.validation.loss, m) for m in stored if m.validation is not None]
     return [m for _, m in sorted(measured, key=lambda pair: pair[0])]
-
-
-def _problem(checkpoint: Path) -> str | None:
-    """What a checkpoint directory lacks; None for a complete one."""
-    try:
-        files = read_metadata(checkpoint).files
-    except UserError as error:
-        return str(error)
-    for name, size in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    return None
 
 
 def _appears(directory: Path, name: str) -> bool:

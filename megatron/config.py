@@ -163,6 +163,10 @@ class CheckpointConfig(Options):
     load: str | None = option("checkpoint directory to continue from; empty or absent starts from scratch", None)
     load_tag: str | None = option("checkpoint to load instead of the latest, e.g. global_step1000", None)
     save_interval: int | None = option("steps between checkpoints [only at the end]", None, at_least=1)
+    async_save: bool | None = option(
+        "train on while a checkpoint is written, from a copy in host memory [on with a GPU, unless its optimizer is "
+        "offloaded]", None,
+    )
     keep_last: int = option("newest checkpoints kept (0 keeps all)", 2, at_least=0)
     keep_best: int = option("checkpoints with the lowest validation loss kept", 1, at_least=0)
     no_load_optim: bool = option("load weights without optimizer state", False)
@@ -176,6 +180,8 @@ class CheckpointConfig(Options):
     def _check(self) -> None:
         if self.save_interval is not None and self.save is None:
             raise UserError("--save-interval needs --save, the directory to write to")
+        if self.async_save and self.save is None:
+            raise UserError("--async-save needs --save, the directory to write to")
         if self.load is None:
             for name in ("load_tag", "no_load_optim", "no_load_rng", "finetune"):
                 if getattr(self, name):

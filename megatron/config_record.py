@@ -27,6 +27,7 @@ _NOT_RESULTS = frozenset(
         "num_workers",
         "save",
         "save_interval",
+        "async_save",
         "keep_last",
         "keep_best",
         "exit_interval",

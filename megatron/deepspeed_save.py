@@ -1,12 +1,16 @@
-"""DeepSpeed's ``save_checkpoint`` without its trap: a rank that cannot write leaves the others waiting at a barrier."""
+"""DeepSpeed's ``save_checkpoint`` without its trap: a rank that cannot write leaves the others waiting at a barrier.
+
+And without its writes, where they are to happen later, from a copy.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.async_save import HostCopies
 from megatron.files import flush
 
 
@@ -16,10 +20,14 @@ class _DeferredWriter:
     DeepSpeed ends a save with a barrier. A rank that raised before it would leave the others there until the collective
     times out; so every rank reaches the barrier, and the error is raised behind it. Files are flushed by the rank that
     wrote them: on a network file system nobody else can.
+
+    With ``copies`` it only copies what it is given; :meth:`write_copies` writes that, on any thread.
     """
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, copies: HostCopies | None) -> None:
         self._inner = inner
+        self._copies = copies
+        self._copied: list[tuple[Any, str]] = []  # (state, path)
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -40,18 +48,40 @@ class _DeferredWriter:
     def save(self, state_dict: Any, path: str) -> None:
         if self.error is None:
             with self.deferred():
-                self._inner.save(state_dict, path)
-                flush(Path(path))
+                if self._copies is None:
+                    self._write(state_dict, path)
+                else:
+                    self._copied.append((self._copies.copy(state_dict), path))
+
+    def write_copies(self) -> None:
+        """Write what was copied, once; no collective call. Raises OSError or RuntimeError."""
+        while self._copied:
+            self._write(*self._copied.pop(0))
+
+    def _write(self, state_dict: Any, path: str) -> None:
+        self._inner.save(state_dict, path)
+        flush(Path(path))
 
 
-def save_engine(engine: Any, directory: Path, tag: str, client_state: Mapping[str, Any] | None = None) -> None:
+def save_engine(
+    engine: Any,
+    directory: Path,
+    tag: str,
+    client_state: Mapping[str, Any] | None = None,
+    copies: HostCopies | None = None,
+) -> Callable[[], None] | None:
     """Write this rank's DeepSpeed files into ``directory/tag``; a collective call that leaves no rank waiting.
 
+    With ``copies`` it copies the state and returns the function that writes the files, which is not collective, may run
+    on another thread, and must be done before the next call.
+
     Raises:
-        OSError, RuntimeError: this rank's write failed; raised after DeepSpeed's last barrier.
+        OSError, RuntimeError: this rank's write (or copy) failed; raised after DeepSpeed's last barrier.
     """
+    if copies is not None:
+        copies.begin()
     inner, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script
-    writer = _DeferredWriter(inner)
+    writer = _DeferredWriter(inner, copies)
     engine.checkpoint_engine = writer
     # DeepSpeed would lay zero_to_fp32.py and zero_to_torch.py beside the checkpoints, which cannot read bf16 ones.
     engine._copy_recovery_script = lambda save_path: None
@@ -61,3 +91,4 @@ def save_engine(engine: Any, directory: Path, tag: str, client_state: Mapping[st
         engine.checkpoint_engine, engine._copy_recovery_script = inner, copy_scripts
     if writer.error is not None:
         raise writer.error
+    return None if copies is None else writer.write_copies

@@ -12,7 +12,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import record_function
 
+from megatron.async_save import HostCopies
 from megatron.config import ModelConfig, RunConfig
 from megatron.deepspeed_json import deepspeed_config, offloads_optimizer
 from megatron.deepspeed_save import save_engine
@@ -73,6 +74,10 @@ class Engine:
         with agree_on_error(topology):  # a node may not see the JSON
             self.config = deepspeed_config(config, topology.data_parallel_size, global_batch_size)
         self._micro_batch_size = config.batch.micro_batch_size
+        background = config.checkpoint.async_save
+        if background is None:  # state that is on the CPU already would be there twice
+            background = topology.device.type == "cuda" and not offloads_optimizer(self.config)
+        self._copies = HostCopies(topology.device) if background else None
         fused = topology.device.type == "cuda" or offloads_optimizer(self.config)
         optimizer = build_optimizer(model.named_weights().items(), config.optimizer, fused)
         with quiet():
@@ -161,10 +166,19 @@ class Engine:
             rows.append(_forward(self._engine.module, batch, reduction="rows"))
         return rows
 
-    def save(self, directory: Path, tag: str) -> None:
-        """Write this rank's model and optimizer files into ``directory/tag``; a collective call."""
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether training goes on while a checkpoint is written: ``--async-save``."""
+        return self._copies is not None
+
+    def save(self, directory: Path, tag: str, *, background: bool = False) -> Callable[[], None] | None:
+        """Write this rank's model and optimizer files into ``directory/tag``; a collective call.
+
+        With ``background`` copy them, and return the function that writes them (see :func:`save_engine`).
+        """
+        assert self._copies is not None or not background
         with quiet():
-            save_engine(self._engine, directory, tag)
+            return save_engine(self._engine, directory, tag, copies=self._copies if background else None)
 
     @property
     def layout(self) -> dict[str, Any]:

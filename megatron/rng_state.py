@@ -38,10 +38,10 @@ def rng_file(rank: int) -> str:
     return f"rng_rank_{rank}.pt"
 
 
-def save_rng(checkpoint: Path, topology: Topology) -> None:
-    """Write this rank's generators into a checkpoint directory, flushed to disk."""
+def save_rng(checkpoint: Path, state: Mapping[str, torch.Tensor], topology: Topology) -> None:
+    """Write what :func:`rng_state` returned on this rank into a checkpoint directory, flushed to disk."""
     path = checkpoint / rng_file(topology.rank)
-    torch.save({"rng": rng_state(topology.device), "world": world_layout(topology)}, path)
+    torch.save({"rng": state, "world": world_layout(topology)}, path)
     flush(path)
 
 

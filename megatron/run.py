@@ -168,6 +168,9 @@ def banner(run: Run) -> list[str]:
     for name, validator in (("validation", run.validator), ("test", run.tester)):
         if validator is not None:
             lines.append(f"  {name}: {validator.describe()}")
+    if config.checkpoint.save is not None and not config.evaluation.skip_train:
+        how = "in the background" if run.engine.saves_in_background else "while training waits"
+        lines.append(f"  checkpoints are written {how}")
     return lines + describe(config)
 
 

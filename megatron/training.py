@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from megatron import budget
 from megatron.arguments import parse_arguments
-from megatron.checkpointing import CheckpointError, CheckpointStore
+from megatron.checkpointing import CheckpointError, CheckpointStore, PendingSave
 from megatron.config import RunConfig
 from megatron.config_checks import micro_batches, resolve_for_world
 from megatron.data.loader import BatchStream, build_train_loader
@@ -32,7 +33,7 @@ from megatron.initialize import initialize, shut_down
 from megatron.metrics import MetricsError, MetricsWriter, TrainRecord, ValidationRecord, metrics_path
 from megatron.profiling import StepProfiler, in_words
 from megatron.run import Run, banner, set_up
-from megatron.run_metadata import Validation, describe_run
+from megatron.run_metadata import CheckpointMetadata, Validation, describe_run
 from megatron.stopping import StopController
 from megatron.trace_shares import Shares
 
@@ -149,12 +150,23 @@ class Loop:
         self.best_losses = [] if store is None else _validation_losses(store, run.progress.iteration)
         self.lowest_loss = min(self.best_losses, default=math.inf)  # of all measurements, saved or not
         self.saved_at = run.progress.iteration
+        self.pending: tuple[PendingSave, float] | None = None  # and the seconds that training waited for it
         self.bad_steps_in_a_row = 0
         with agree_on_error(self.topology):
             self.profiler = StepProfiler(self.config.logging, self.topology, run.vocabulary, self.profiled)
 
     def train(self) -> None:
         """Step until the samples are used up, then measure and save; or until a stop is agreed on, then save."""
+        try:
+            self._train()
+        except Exception as error:
+            # What ended every rank alike may still wait for all of them; another failure leaves a hidden directory.
+            alike = isinstance(error, NotFinite | UserError) and not isinstance(error, OneRankError)
+            if alike or self.topology.world_size == 1:
+                self.finish_save()
+            raise
+
+    def _train(self) -> None:
         if not self._another_step():
             self.metrics.log(f"nothing left to train: iteration {self.progress.iteration} was the last")
             self._retain()  # which a crash after the last save may have cut short
@@ -168,6 +180,8 @@ class Loop:
             iteration = self.progress.iteration
             with self.interval.paused():
                 self.profiler.end_step(iteration)
+            if self.pending is not None and not any_rank(self.topology, not self.pending[0].written):
+                self.finish_save()
             last = not self._another_step()
             if last or iteration % self.config.logging.log_interval == 0:
                 self.log()
@@ -175,12 +189,13 @@ class Loop:
             if last or self._due(self.config.evaluation.eval_interval):
                 self.validate()
             if last or self._due(self.config.checkpoint.save_interval):
-                self.save()
+                self.save(wait=last)
             reason = self.stop.should_stop(iteration)  # also after the last step: a kill switch is removed
         stream.close()
         self.profiler.finish()
         self.log()
-        self.save()
+        self.save(wait=True)
+        self.finish_save()
         self.metrics.meta("finished" if last else "stopped", self.progress.iteration, reason=reason)
         if not last:
             self.metrics.log(f"stopped after iteration {self.progress.iteration}: {reason}")
@@ -307,18 +322,43 @@ class Loop:
         )
         return measurement
 
-    def save(self) -> None:
-        """Save a checkpoint unless this step has one, then delete those that need not stay."""
+    def save(self, *, wait: bool = False) -> None:
+        """Save a checkpoint unless this step has one. With ``--async-save`` and without ``wait``, only begin to."""
         if self.store is None or self.saved_at == self.progress.iteration:
             return
+        self.finish_save()
+        metadata, engine = self._metadata(), self.run.engine
+        if metadata.validation is not None and math.isfinite(metadata.validation.loss):
+            self.best_losses = sorted([*self.best_losses, metadata.validation.loss])
+        write = functools.partial(engine.save, background=engine.saves_in_background and not wait)
+        with self.interval.paused() as pause:
+            pending = self.store.start_save(write, metadata, self.topology)
+        self.metrics.pause(pause.seconds)
+        self.pending = pending, pause.seconds
+        self.saved_at = self.progress.iteration
+        if wait or not engine.saves_in_background:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, if any; then delete those that need not stay."""
+        if self.store is None or self.pending is None:
+            return
+        (pending, seconds), self.pending = self.pending, None
+        with self.interval.paused() as pause:
+            self.store.finish_save(pending, self.topology)
+            self._retain()
+        self.metrics.pause(pause.seconds)
+        times = {"seconds": round(seconds + pause.seconds, 3), "write_seconds": round(pending.seconds, 3)}
+        self.metrics.meta("saved", pending.metadata.iteration, tag=pending.metadata.tag, **times)
+
+    def _metadata(self) -> CheckpointMetadata:
+        """What this run is and where it stands, for the checkpoint of this step."""
         validation = None
         if self.measured is not None and self.measured[0] == self.progress.iteration:
             measurement = self.measured[1]
             validation = Validation(measurement.loss, None if math.isnan(measurement.stderr) else measurement.stderr)
-            if math.isfinite(measurement.loss):
-                self.best_losses = sorted([*self.best_losses, measurement.loss])
         progress = self.progress
-        metadata = describe_run(
+        return describe_run(
             self.config,
             self.run.vocabulary,
             self.topology,
@@ -332,12 +372,6 @@ class Loop:
                 "engine": self.run.engine.layout,
             },
         )
-        with self.interval.paused() as pause:
-            self.store.save(self.run.engine.save, metadata, self.topology)
-            self._retain()
-        self.metrics.pause(pause.seconds)
-        self.saved_at = progress.iteration
-        self.metrics.meta("saved", progress.iteration, tag=metadata.tag, seconds=round(pause.seconds, 3))
 
     def profiled(self, shares: Shares, steps: int) -> None:
         """Write where the time of the profiled steps went."""

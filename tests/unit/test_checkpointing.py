@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.checkpointing import CheckpointError, CheckpointStore, restore_rng
+from megatron.checkpointing import CheckpointError, CheckpointStore, EngineSave, restore_rng
 from megatron.distributed.topology import Grid, Topology, build_topology, single_process_topology
 from megatron.errors import UserError
 from megatron.rng_state import rng_state, set_rng_state
@@ -38,19 +39,27 @@ def metadata(iteration: int, loss: float | None = None, note: str = "") -> Check
     )  # fmt: skip
 
 
-def engine_save(content: str) -> Callable[[Path, str], None]:
-    """Write two files, as an engine does, one of them in a folder."""
+def engine_save(content: str, background: bool = False) -> EngineSave:
+    """Write two files, as an engine does, one of them in a folder; with ``background`` on the thread."""
 
-    def save(directory: Path, tag: str) -> None:
+    def write(directory: Path, tag: str) -> None:
         (directory / tag / "model.pt").write_text(content)
         (directory / tag / "optimizer").mkdir(exist_ok=True)
         (directory / tag / "optimizer" / "states.pt").write_text(content * 100)
 
+    def save(directory: Path, tag: str) -> Callable[[], None] | None:
+        if background:
+            return partial(write, directory, tag)
+        write(directory, tag)
+        return None
+
     return save
 
 
-def save(store: CheckpointStore, iteration: int, content: str = "x", loss: float | None = None) -> Path:
-    return store.save(engine_save(content), metadata(iteration, loss, content), ALONE)
+def save(
+    store: CheckpointStore, iteration: int, content: str = "x", loss: float | None = None, background: bool = False
+) -> Path:
+    return store.save(engine_save(content, background), metadata(iteration, loss, content), ALONE)
 
 
 def content(store: CheckpointStore, tag: str) -> str:
@@ -147,14 +156,15 @@ def tear(directory: Path, tag: str) -> None:
     os._exit(137)
 
 
-def test_a_crash_anywhere_in_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_a_crash_anywhere_in_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, background: bool) -> None:
     outcomes = []
     for at in itertools.count():
         directory = tmp_path / str(at)
         store = CheckpointStore(directory)
         store.prepare(ALONE)
         save(store, 1, "old", loss=4.0)
-        died = dies(partial(save, store, 2, "new", loss=3.0), at)
+        died = dies(partial(save, store, 2, "new", loss=3.0, background=background), at)
         after = CheckpointStore(directory)
         # Already before anybody cleans up, `latest` names a complete checkpoint.
         tag = after.resolve()
@@ -231,7 +241,10 @@ def disk_full(name: str) -> None:
 
 
 @pytest.mark.parametrize("iteration", [1, 2], ids=["over itself", "a new step"])
-def test_a_full_disk_at_any_step_is_one_clear_error_and_costs_no_checkpoint(tmp_path: Path, iteration: int) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_at_any_step_is_one_clear_error_and_costs_no_checkpoint(
+    tmp_path: Path, iteration: int, background: bool
+) -> None:
     failures = 0
     for at in itertools.count():
         directory = tmp_path / str(at)
@@ -240,7 +253,7 @@ def test_a_full_disk_at_any_step_is_one_clear_error_and_costs_no_checkpoint(tmp_
         save(store, 1, "old")
         with interrupted(at, disk_full) as begun:
             try:
-                save(store, iteration, "new")
+                save(store, iteration, "new", background=background)
             except CheckpointError as error:
                 failures += 1
                 assert str(error) == (
@@ -279,6 +292,48 @@ def test_a_defect_in_the_engine_keeps_its_traceback(tmp_path: Path) -> None:
 
     with pytest.raises(KeyError, match="no such tensor"):
         CheckpointStore(tmp_path).save(defect, metadata(2), ALONE)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- a save in the background
+
+
+def test_a_save_in_the_background_is_nothing_until_it_is_finished(tmp_path: Path) -> None:
+    may_write = threading.Event()
+
+    def copy(directory: Path, tag: str) -> Callable[[], None]:
+        def write() -> None:
+            assert may_write.wait(60)
+            (directory / tag / "model.pt").write_text("at the save")
+
+        return write
+
+    store = CheckpointStore(tmp_path)
+    save(store, 1, "old", loss=4.0)
+    torch.manual_seed(5)
+    pending = store.start_save(copy, metadata(2, loss=3.0), ALONE)
+    drawn = torch.rand(4)  # training goes on
+    assert not pending.written and store.resolve() == "global_step1" and tags(store) == ["global_step1"]
+    assert hidden(tmp_path) == [".tmp-global_step2"] and list((tmp_path / ".tmp-global_step2").iterdir()) == []
+    may_write.set()
+    path = store.finish_save(pending, ALONE)
+    assert pending.written and pending.seconds > 0
+    assert tags(store) == ["global_step1", "global_step2"] and store.resolve() == "global_step2"
+    assert (path / "model.pt").read_text() == "at the save"
+    best = store.best()
+    assert best is not None and best.tag == "global_step2" and hidden(tmp_path) == []
+    assert restore_rng(path, ALONE, seed=0) is None, "the generators are those of the save, not of its end"
+    assert torch.equal(torch.rand(4), drawn)
+
+
+def test_a_defect_on_the_thread_keeps_its_traceback(tmp_path: Path) -> None:
+    def copy(directory: Path, tag: str) -> Callable[[], None]:
+        return partial({}.pop, "no such tensor")
+
+    store = CheckpointStore(tmp_path)
+    pending = store.start_save(copy, metadata(2), ALONE)
+    with pytest.raises(KeyError, match="no such tensor"):
+        store.finish_save(pending, ALONE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -551,12 +606,19 @@ def test_two_ranks_save_one_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_rank_that_cannot_write_is_an_error_on_both(tmp_path: Path, failing: int) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_a_rank_that_cannot_write_is_an_error_on_both(tmp_path: Path, failing: int, background: bool) -> None:
     def work(topology: Topology, folder: Path) -> object:
-        def files(directory: Path, tag: str) -> None:
+        def write(directory: Path, tag: str) -> None:
             (directory / tag / f"rank{topology.rank}.pt").write_text("x")
             if topology.rank == failing:
                 disk_full("write")
+
+        def files(directory: Path, tag: str) -> Callable[[], None] | None:
+            if background:
+                return partial(write, directory, tag)
+            write(directory, tag)
+            return None
 
         store = CheckpointStore(folder / "out")
         store.prepare(topology)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.async_save import HostCopies
 from megatron.checkpointing import CheckpointStore
 from megatron.deepspeed_save import save_engine
 from megatron.distributed.topology import build_topology
@@ -41,7 +43,7 @@ def build_engine() -> Any:
     return engine
 
 
-def _rank(rank: int, folder: Path, answers: Any) -> None:
+def _rank(rank: int, folder: Path, background: bool, answers: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -49,8 +51,16 @@ def _rank(rank: int, folder: Path, answers: Any) -> None:
     engine = build_engine()
     checkpoints = CheckpointStore(folder / "out")
     checkpoints.prepare(topology)
-    checkpoints.save(lambda directory, tag: save_engine(engine, directory, tag), metadata(1), topology)
+    copies = HostCopies(torch.device("cpu")) if background else None
+
+    def save(directory: Path, tag: str) -> Callable[[], None] | None:
+        return save_engine(engine, directory, tag, copies=copies)
+
     weights = engine.module.weight.detach().clone()
+    pending = checkpoints.start_save(save, metadata(1), topology)
+    if background:
+        engine.module.weight.data.zero_()  # long before the files are complete, for all that they know
+    checkpoints.finish_save(pending, topology)
     engine.module.weight.data.zero_()
     engine.load_checkpoint(str(folder / "out"), tag="global_step1")
     report: list[object] = [torch.equal(engine.module.weight, weights)]
@@ -61,7 +71,7 @@ def _rank(rank: int, folder: Path, answers: Any) -> None:
             if rank == failing:
                 make_fail(patch, engine, name)
             try:
-                checkpoints.save(lambda directory, tag: save_engine(engine, directory, tag), metadata(2), topology)
+                checkpoints.save(save, metadata(2), topology)
             except RuntimeError as error:
                 report.append(str(error))
         assert engine.checkpoint_engine is inner
@@ -89,10 +99,11 @@ def make_fail(patch: pytest.MonkeyPatch, engine: Any, name: str) -> None:
     patch.setattr(engine.checkpoint_engine, "save", save)
 
 
-def test_a_failing_rank_fails_both_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_a_failing_rank_fails_both_and_keeps_the_last_checkpoint(tmp_path: Path, background: bool) -> None:
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(rank, tmp_path, answers)) for rank in range(2)]
+    ranks = [context.Process(target=_rank, args=(rank, tmp_path, background, answers)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
