@@ -2,6 +2,7 @@
 
     python tools/benchmark.py train --model 425M --objective mdm --micro-batch-size 16   # tokens/s, MFU, memory
     python tools/benchmark.py train --objective ar --compare bare transformers           # against plain loops
+    python tools/benchmark.py fp8 --data-path prefix --model 117M                        # losses in fp8 and in bf16
     python tools/benchmark.py data                                                       # sampler and loader
     python tools/benchmark.py preprocess --input text.jsonl --workers 2                  # against the tokenizer library
     python tools/benchmark.py evaluate --model 425M --input arc_easy.jsonl               # against padding one by one
@@ -34,7 +35,7 @@ if __package__ in (None, ""):
 
 from megatron.budget import GPT2_VOCABULARY
 from megatron.errors import UserError
-from tools import benchmark_evaluation, benchmark_parallel, benchmark_training
+from tools import benchmark_evaluation, benchmark_fp8, benchmark_parallel, benchmark_training
 from tools.benchmark_runs import ROOT, write_random_data
 
 C4_DOCUMENTS = 208_931
@@ -129,6 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="training speed of one row of the model table")
     benchmark_training.add_arguments(train)
+    fp8 = commands.add_parser("fp8", help="losses of training in fp8 beside those in bf16, on real text")
+    benchmark_fp8.add_arguments(fp8)
     data = commands.add_parser("data", help="sampler start and loader throughput")
     data.add_argument("--documents", type=int, default=C4_DOCUMENTS)
     data.add_argument("--epochs", type=int, default=500)
@@ -145,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark_evaluation.add_arguments(evaluate)
     parallel = commands.add_parser("parallel", help="several GPUs of one host: parity, scaling, failures")
     benchmark_parallel.add_arguments(parallel)
-    for command in (train, data, preprocess, evaluate, parallel):
+    for command in (train, fp8, data, preprocess, evaluate, parallel):
         command.add_argument("--json", type=Path, help="also append the figures to this file, one JSON object a line")
     return parser
 
@@ -160,8 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     measure = {
         "train": benchmark_training.benchmark_train, "data": benchmark_data, "preprocess": benchmark_preprocess,
-        "evaluate": benchmark_evaluation.benchmark_evaluate,
+        "evaluate": benchmark_evaluation.benchmark_evaluate, "fp8": benchmark_fp8.benchmark_fp8,
     }
+    tables = {"train": benchmark_training.table, "fp8": benchmark_fp8.table}
     try:
         if arguments.command == "parallel":
             return benchmark_parallel.benchmark_parallel(arguments)
@@ -169,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for line in benchmark_training.table(figures) if arguments.command == "train" else _lines(figures):
+    for line in tables.get(arguments.command, _lines)(figures):
         print(line)
     if arguments.json:
         with open(arguments.json, "a", encoding="utf-8") as file:
