@@ -131,7 +131,9 @@ class ObjectiveConfig(Options):
     objective: str = "ar"
     eod_mask_loss: bool = option("end-of-document tokens carry no loss", False)
     reset_position_ids: bool = option("positions restart after each end of document", False)
-    reset_attention_mask: bool = option("tokens attend only inside their own document", False)
+    reset_attention_mask: bool = option(
+        "tokens attend only inside their own document; slower with --attention-dropout (docs/training.md)", False
+    )
     randmask_ratio: float = option(
         "share of the positions that lose past positions, each with a probability of its own; none in validation",
         0.0,

@@ -26,7 +26,7 @@ from megatron.errors import UserError
 from megatron.evaluation import Validator
 from megatron.lr_schedule import LearningRateSchedule
 from megatron.model.gpt import build_layers, initialize_weights, recipes
-from megatron.model.sharding import SequentialGPT, compile_blocks
+from megatron.model.sharding import SequentialGPT, compile_blocks, describe_masks
 from megatron.objectives import Objective, build_objective
 from megatron.pipelined_engine import PipelinedEngine, build_pipeline
 from megatron.run_metadata import changed_settings, check_compatible, git_commit, library_versions, world_layout
@@ -122,7 +122,7 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
         engine = Engine(model, config, topology, first_batch)
     else:
         engine = PipelinedEngine(model, config, topology, first_batch)
-    remarks: list[str] = []
+    remarks = _on_masks(config, model, topology)
     progress = _load(config, topology, vocabulary, engine, remarks)
     return Run(
         config=config,
@@ -211,6 +211,14 @@ def build_model(
     elif config.parallel.activation_memory_budget is not None:
         raise UserError("--activation-memory-budget needs compiled blocks: add --compile, or drop it")
     return model
+
+
+def _on_masks(config: RunConfig, model: SequentialGPT | PipelinedGPT, topology: Topology) -> list[str]:
+    """Which attention serves the masks of the batches, where they have any."""
+    training = not config.evaluation.skip_train
+    if not config.objective.reset_attention_mask and not (training and config.objective.randmask_ratio > 0):
+        return []
+    return [f"attention masks: {describe_masks(model, topology.device, config.batch.seq_length, training)}"]
 
 
 def _training_data(config: RunConfig, tokenizer: Tokenizer) -> Dataset | None:

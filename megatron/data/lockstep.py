@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 from megatron.errors import UserError
@@ -23,14 +24,14 @@ class LockstepBatches(Iterator[Batch]):
         self.error: UserError | None = None
         self._batches = batches
         self._shape = (micro_batch_size, seq_length)
-        self._masked = False  # the last batch had an attention mask
+        self._mask: Tensor | None = None  # the last batch's attention mask
 
     def __next__(self) -> Batch:
         if self.error is None:
             try:
                 with record_function(DATA):
                     batch = next(self._batches)
-                self._masked = batch.attention_mask is not None
+                self._mask = batch.attention_mask
                 return batch
             except UserError as error:
                 self.error = error
@@ -46,6 +47,6 @@ class LockstepBatches(Iterator[Batch]):
             positions=torch.arange(length).repeat(rows, 1),
             counted=torch.zeros(rows),
             sample_ids=torch.full((rows,), -1),
-            # A pipeline's stages expect the tensors that came before.
-            attention_mask=torch.ones(rows, 1, length, length, dtype=torch.bool) if self._masked else None,
+            # A pipeline's stages expect tensors like those before: one document, or all visible.
+            attention_mask=None if self._mask is None else self._mask.new_ones(rows, *self._mask.shape[1:]),
         )

@@ -1,10 +1,14 @@
-"""Multi-head self-attention with grouped queries (Ainslie et al., arXiv 2305.13245), through PyTorch's fused SDPA."""
+"""Multi-head self-attention with grouped queries (Ainslie et al., arXiv 2305.13245), through PyTorch's fused SDPA.
+
+Batches with masks go through FlexAttention where it can serve (see ``masks``).
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config import ModelConfig
@@ -16,6 +20,7 @@ from megatron.distributed.tensor_parallel import (
     TensorParallel,
     differs_by_rank,
 )
+from megatron.model.masks import BlockMaskMaker, Mask, block_mask, dense_mask, flex_obstacle
 from megatron.model.rope import rotary_table, rotate
 
 
@@ -44,18 +49,43 @@ class Attention(nn.Module):
         self.theta = config.rope_theta
         self.dropout = config.attention_dropout
         self.recompute = config.recompute is not None and config.recompute[0] == "selective"
+        self.make_block_mask: BlockMaskMaker | None = None  # compiled, once this layer is
         bias = not config.disable_bias_linear
         projected = config.num_attention_heads * self.head_size
         features = projected + 2 * config.num_kv_heads * self.head_size
         self.query_key_value = ColumnParallelLinear(config.hidden_size, features, bias, tensor)
         self.dense = RowParallelLinear(projected, config.hidden_size, bias, tensor)
 
-    def forward(self, hidden: Tensor, places: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def flex_obstacle(self, device: torch.device, dtype: torch.dtype, length: int, training: bool) -> str | None:
+        """Why masks of ``length`` positions do not go through FlexAttention, in words; None if they do.
+
+        ``dtype`` is that of the activations.
+        """
+        return flex_obstacle(
+            compiled=self.make_block_mask is not None,
+            device=device,
+            dtype=dtype,
+            head_size=self.head_size,
+            length=length,
+            dropout=self.dropout if training else 0.0,
+        )
+
+    def prepare_mask(self, mask: Tensor, dtype: torch.dtype) -> Mask:
+        """A batch's mask (document numbers [b, s] or bool [b, 1, s, s]) as :meth:`forward` takes it, of any block.
+
+        ``dtype`` is that of the activations.
+        """
+        obstacle = self.flex_obstacle(mask.device, dtype, mask.shape[-1], self.training)
+        if obstacle is not None or self.make_block_mask is None:
+            return dense_mask(mask, self.causal)
+        return block_mask(mask, self.causal, self.make_block_mask)
+
+    def forward(self, hidden: Tensor, places: Tensor, attention_mask: Mask | None = None) -> Tensor:
         """hidden [b, s, h] -> [b, s, h]; with sequence parallelism [own tokens, h], both.
 
         ``places`` are positions [b, s] int64, or already the rotary table [b, s, head_size] made from them;
-        ``attention_mask`` [b, 1, s, s] bool, True where the query (dim 2) may attend to the key (dim 3), replaces the
-        causal or full pattern.
+        ``attention_mask`` [b, 1, s, s] bool, True where the query (dim 2) may attend to the key (dim 3), or the same
+        for FlexAttention, replaces the causal or full pattern.
         """
         batch, length = places.shape[:2]
         projected = self.query_key_value(hidden)
@@ -86,10 +116,13 @@ class Attention(nn.Module):
         needed = torch.arange(first, first + self.num_heads, device=heads.device) // self.group_size  # [q]
         return torch.cat((query, heads.index_select(3, needed).flatten(2)), dim=-1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask | None) -> Tensor:
         """[b, s, heads, head_size] each -> [b, s, heads * head_size]."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [b, heads, s, head_size]
         grouped = self.num_kv_heads != self.num_heads
+        if isinstance(attention_mask, BlockMask):
+            context = flex_attention(query, key, value, block_mask=attention_mask, enable_gqa=grouped)
+            return context.transpose(1, 2).flatten(2)  # [b, s, heads * head_size]
         if grouped and attention_mask is not None:
             # The fused kernels that take a mask do not take grouped heads; without this SDPA falls back to s x s fp32.
             repeats = self.num_heads // self.num_kv_heads

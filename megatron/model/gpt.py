@@ -1,10 +1,10 @@
 """The GPT as ONE list of layers: Embedding, blocks, final norm, head. ``sharding`` makes a model of the list.
 
 Every layer takes ``hidden, places[, attention_mask]`` and returns them as a tuple (the head ends the list with its loss
-or its logits), so the list can be cut anywhere. ``places`` are positions [b, s] int64; whoever
-owns a run of blocks may replace them once by the rotary table [b, s, head_size] fp32, which each block would else
-compute itself. With sequence parallelism the hidden state between layers is [own tokens, h] (see
-``distributed.tensor_parallel``).
+or its logits), so the list can be cut anywhere. ``places`` are positions [b, s] int64; whoever owns a run of blocks may
+replace them once by the rotary table [b, s, head_size] fp32, which each block would else compute itself, and replaces
+the batch's mask once by what attention computes with (see ``masks``). With sequence parallelism the hidden state
+between layers is [own tokens, h] (see ``distributed.tensor_parallel``).
 
 Parameter names, for blocks i = 1 .. L (``.bias`` beside ``.weight`` where a linear layer or a LayerNorm has one), and
 their whole shapes, of which each tensor-parallel rank has the part that ``partition`` says:
@@ -46,11 +46,12 @@ from megatron.distributed.tensor_parallel import (
 )
 from megatron.model.attention import Attention
 from megatron.model.cross_entropy import Terms, chunk_terms, linear_cross_entropy, weighted_nll
+from megatron.model.masks import Mask
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
 from megatron.model.partition import cut_of
 
-State = tuple[Tensor, ...]
+State = tuple[Any, ...]  # tensors; a mask may be FlexAttention's while it is among blocks
 Reduction = Literal["sum", "rows"]
 
 
@@ -86,7 +87,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = build_norm(config, tensor)
         self.mlp = MLP(config, tensor)
 
-    def forward(self, hidden: Tensor, places: Tensor, *mask: Tensor) -> State:
+    def forward(self, hidden: Tensor, places: Tensor, *mask: Mask) -> State:
         """hidden [b, s, h], places[, mask] -> the same with the next hidden."""
         attended = self.self_attention(self.input_layernorm(hidden), places, *mask)
         hidden = hidden + _dropout(attended, self.dropout, self.training, self.tensor)
@@ -102,7 +103,7 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.final_layernorm = build_norm(config, tensor)
 
-    def forward(self, hidden: Tensor, *rest: Tensor) -> State:
+    def forward(self, hidden: Tensor, *rest: Tensor | Mask) -> State:
         """hidden [b, s, h], ... -> the same, normalised."""
         return self.final_layernorm(hidden), *rest
 

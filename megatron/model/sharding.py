@@ -7,9 +7,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config import ModelConfig
+from megatron.model.attention import Attention
 from megatron.model.cross_entropy import Terms, chunk_terms
 from megatron.model.gpt import Block, Head, Reduction, State, named_parameters
 from megatron.model.rope import rotary_table
@@ -52,8 +54,9 @@ class SequentialGPT(nn.Module):
                 reduction: Reduction = "sum") -> Tensor:
         """Loss of one batch: ``sum(nll * weights)`` as a scalar, or each row's sum [b] without gradients ("rows").
 
-        inputs, positions, targets [b, s] int64; weights [b, s] fp32; attention_mask [b, 1, s, s] bool or None;
-        scored [capacity] int64 or None: the positions to compute the head at. fp32 whatever the parameters' dtype.
+        inputs, positions, targets [b, s] int64; weights [b, s] fp32; attention_mask None, documents [b, s] int32 or
+        [b, 1, s, s] bool (see ``masks``); scored [capacity] int64 or None: the positions to compute the head at. fp32
+        whatever the parameters' dtype.
         """
         state = self._hidden(inputs, positions, attention_mask)
         loss: Tensor = self.layers[-1](state, targets, weights, scored, reduction)
@@ -75,16 +78,21 @@ def run_layers(
 ) -> State:
     """Apply consecutive layers of the model, without the head: all of them, or those of a pipeline stage.
 
-    Takes and returns positions as ``places``. Recomputes activations as ``config`` says, where ``--recompute-method
-    block`` counts from the first block among ``layers``, as in Megatron. ``run_blocks`` applies a run of blocks.
+    Takes and returns positions as ``places``, and a mask as the batch has it. Recomputes activations as ``config``
+    says, where ``--recompute-method block`` counts from the first block among ``layers``, as in Megatron.
+    ``run_blocks`` applies a run of blocks.
     """
-    positions = state[1]
+    positions, *masks = state[1:]
     blocks = [layer for layer in layers if isinstance(layer, Block)]
     before = 0 if blocks and layers[0] is blocks[0] else 1
     state = run_in_order(layers[:before], state)
     if config.use_rotary_position_embeddings:
         # Once for all blocks; a block that is handed positions would make the table itself.
         state = (state[0], rotary_table(positions, config.head_size, config.rope_theta), *state[2:])
+    if masks and blocks:
+        # Once for all blocks, too; what travels to the next stage stays as small as the batch has it.
+        attention = blocks[0].self_attention
+        state = (*state[:2], attention.prepare_mask(masks[0], state[0].dtype))
     recompute = training and torch.is_grad_enabled()
     has_dropout = max(config.hidden_dropout, config.attention_dropout) > 0
     for run, recomputed in plan_recomputation(config, blocks):
@@ -93,7 +101,7 @@ def run_layers(
         else:
             state = run_blocks(run, state)
     state = run_in_order(layers[before + len(blocks) :], state)
-    return state[0], positions, *state[2:]
+    return state[0], positions, *masks
 
 
 def plan_recomputation(config: ModelConfig, blocks: Sequence[nn.Module]) -> list[tuple[Sequence[nn.Module], bool]]:
@@ -144,7 +152,8 @@ def compile_blocks(
     one_by_one: bool = False,
     memory_budget: float | None = None,
 ) -> None:
-    """``torch.compile`` the blocks and the pointwise part of the loss, in place: parameter names stay.
+    """``torch.compile`` the blocks and the pointwise part of the loss, in place: parameter names stay. Attention masks
+    can then go through FlexAttention, which is compiled into the block.
 
     The blocks of a deep model share one graph of a single block, so that it compiles as fast as a shallow one; those of
     a shallow one (up to ``BLOCKS_IN_ONE_GRAPH``) form one graph together, unless whole blocks are recomputed or are to
@@ -163,9 +172,19 @@ def compile_blocks(
     else:
         for block in blocks:
             block.forward = torch.compile(block.forward, backend=backend, dynamic=False)  # type: ignore[method-assign]
+    make_block_mask = torch.compile(create_block_mask, backend=backend, dynamic=False)
+    for block in blocks:
+        block.self_attention.make_block_mask = make_block_mask
     for module in model.modules():
         if isinstance(module, Head):
             module.terms = _for_any_rows(torch.compile(chunk_terms, backend=backend))
+
+
+def describe_masks(model: Runs, device: torch.device, length: int, training: bool) -> str:
+    """Which attention a batch's masks of ``length`` positions go through, and why not the faster one."""
+    attention = next(module for module in model.modules() if isinstance(module, Attention))
+    obstacle = attention.flex_obstacle(device, attention.dense.weight.dtype, length, training)
+    return "FlexAttention" if obstacle is None else f"dense masks through SDPA ({obstacle})"
 
 
 def _for_any_rows(compiled: Terms) -> Terms:

@@ -69,12 +69,11 @@ class Autoregressive(Objective):
         return replace(self, orders=None, random_masking=None)
 
     def _attention_mask(self, inputs: Tensor, noise_ids: Sequence[tuple[int, int]]) -> Tensor | None:
-        """[b, 1, s, s] bool: what both the document and the random masking leave visible. None: all of the past."""
-        confined = self.confinement.attention_mask(inputs, causal=True)
+        """``Batch.attention_mask``: documents [b, s], or [b, 1, s, s] with random masking. None: all of the past."""
+        documents = self.confinement.documents(inputs)
         if self.random_masking is None:
-            return confined
-        visible = self.random_masking.attention_mask(noise_ids, self.seq_length)
-        return visible if confined is None else visible.logical_and_(confined)
+            return documents
+        return self.random_masking.attention_mask(noise_ids, self.seq_length, documents)
 
 
 def _noise_ids(sample_ids: Tensor, mc_ids: Tensor | None) -> list[tuple[int, int]]:

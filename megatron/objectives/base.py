@@ -41,8 +41,9 @@ class Batch:
     sample_ids: Tensor
     """[b] int64: where the row comes from; names the samples of a step that went wrong."""
     attention_mask: Tensor | None = None
-    """[b, 1, s, s] bool, True where the query (dim 2) may attend to the key (dim 3). None: all, or the past if
-    causal."""
+    """What positions may attend to. None: all, or the past if causal. [b, s] int32: the number of each position's
+    document; it attends only inside its document (and there to the past, if causal). [b, 1, s, s] bool: True where the
+    query (dim 2) may attend to the key (dim 3); such a mask leaves out the future itself, if it has to."""
     scored: Tensor | None = None
     """[capacity] int64, ascending and distinct indices into b*s: all positions with weight != 0, filled up with
     positions of weight 0 to one of eight sizes. Known on the CPU, so that the GPU never waits to learn a shape. None:
@@ -102,15 +103,14 @@ class Confinement:
         starts = torch.where(self._follows_eod(tokens), index, 0)
         return index - starts.cummax(dim=1).values
 
-    def attention_mask(self, tokens: Tensor, causal: bool) -> Tensor | None:
-        """[b, 1, s, s] bool: block-diagonal by document, lower triangular too if ``causal``. None without the flag."""
+    def documents(self, tokens: Tensor) -> Tensor | None:
+        """[b, s] int32: number of each position's document, from 0 in every row of the clean ``tokens`` [b, s].
+
+        None without the flag. s numbers a row instead of the mask's s*s: the model makes a mask of them.
+        """
         if not self.reset_attention_mask:
             return None
-        # numpy compares the s*s pairs several times faster than torch on one core, and 16-bit numbers faster still.
-        narrow = np.int16 if tokens.shape[1] < 2**15 else np.int32
-        document = self._follows_eod(tokens).numpy().cumsum(axis=1, dtype=narrow)  # [b, s]
-        same = torch.from_numpy(document[:, None, :, None] == document[:, None, None, :])  # [b, 1, s, s]
-        return same.tril_() if causal else same
+        return self._follows_eod(tokens).cumsum(dim=1, dtype=torch.int32)
 
     def _follows_eod(self, tokens: Tensor) -> Tensor:
         follows = torch.zeros_like(tokens, dtype=torch.bool)  # [b, s]

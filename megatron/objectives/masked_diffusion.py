@@ -82,7 +82,7 @@ class MaskedDiffusion(Objective):
             positions=self.confinement.positions(clean),
             counted=torch.from_numpy(counted.astype(np.float32)),
             sample_ids=sample_ids,
-            attention_mask=self.confinement.attention_mask(clean, causal=False),
+            attention_mask=self.confinement.documents(clean),
             scored=scored_positions(weighted),
         )
 

@@ -126,7 +126,9 @@ def test_documents_and_random_masks_both_count(make_objective: MakeObjective) ->
     random = make_objective("ar", seq_length=8, randmask_ratio=0.8).make_batch(tokens, ids).attention_mask
     batch = both.make_batch(tokens, ids)
     assert documents is not None and random is not None and batch.attention_mask is not None
-    assert torch.equal(batch.attention_mask, documents & random)
+    same = torch.tensor([[[a == b for b in row] for a in row] for row in documents.tolist()])  # [b, s, s]
+    assert documents.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2, 2, 2]]
+    assert torch.equal(batch.attention_mask, same.unsqueeze(1) & random)
     assert batch.attention_mask.diagonal(dim1=2, dim2=3).all()
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 0, 1, 0, 1, 2, 3]]
     evaluation = both.for_evaluation(2, 1).make_batch(tokens, ids).attention_mask

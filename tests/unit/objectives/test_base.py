@@ -33,17 +33,12 @@ def test_positions_restart_after_each_eod(tokens: list[list[int]]) -> None:
     assert positions.dtype == torch.int64
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@given(tokens=rows)
-def test_attention_stays_inside_the_document(causal: bool, tokens: list[list[int]]) -> None:
-    confinement = Confinement(EOD, reset_position_ids=False, reset_attention_mask=True)
-    mask = confinement.attention_mask(torch.tensor(tokens), causal)
-    assert mask is not None and mask.dtype == torch.bool and mask.shape == (len(tokens), 1, 7, 7)
-    for row, allowed in zip(tokens, mask[:, 0].tolist()):
-        document = {index: d for d, indices in enumerate(documents_of(row)) for index in indices}
-        for query in range(7):
-            for key in range(7):
-                assert allowed[query][key] == (document[query] == document[key] and (key <= query or not causal))
+@given(rows)
+def test_documents_are_numbered_in_each_row(tokens: list[list[int]]) -> None:
+    numbers = Confinement(EOD, reset_position_ids=False, reset_attention_mask=True).documents(torch.tensor(tokens))
+    expected = [[d for d, document in enumerate(documents_of(row)) for _ in document] for row in tokens]
+    assert numbers is not None and numbers.tolist() == expected
+    assert numbers.dtype == torch.int32 and numbers.is_contiguous()
 
 
 def test_without_the_flags_nothing_is_confined() -> None:
@@ -51,13 +46,13 @@ def test_without_the_flags_nothing_is_confined() -> None:
     tokens = torch.tensor([[1, EOD, 2, 3]] * 2)
     assert confinement.positions(tokens).tolist() == [[0, 1, 2, 3]] * 2
     assert confinement.positions(tokens).is_contiguous()
-    assert confinement.attention_mask(tokens, causal=True) is None
+    assert confinement.documents(tokens) is None
 
 
 def test_more_documents_than_a_byte_counts_stay_apart() -> None:
     confinement = Confinement(EOD, reset_position_ids=False, reset_attention_mask=True)
-    mask = confinement.attention_mask(torch.full((1, 300), EOD), causal=False)
-    assert mask is not None and torch.equal(mask[0, 0], torch.eye(300, dtype=torch.bool))
+    numbers = confinement.documents(torch.full((1, 300), EOD))
+    assert numbers is not None and numbers.tolist() == [list(range(300))]
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
