@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,45 @@ def signal_after_step(step: int, number: int) -> None:
             os.kill(os.getpid(), number)
 
     training.Loop.step = step_and_signal  # type: ignore[method-assign]
+
+
+def raise_after_step(step: int) -> None:
+    """A defect: an error that nobody expects, at the end of ``step``."""
+    from megatron import training
+
+    one_step = training.Loop.step
+
+    def step_and_raise(loop: Any, batches: Any) -> None:
+        one_step(loop, batches)
+        if loop.progress.iteration == step:
+            raise ZeroDivisionError("a defect")
+
+    training.Loop.step = step_and_raise  # type: ignore[method-assign]
+
+
+def hold_writes(then: tuple[Callable[..., object], tuple[Any, ...]] | None = None) -> None:
+    """Let ``--async-save`` write a checkpoint only when the loop waits for it: training is then as far ahead of it as
+    can be, and a run takes the same course every time. ``then`` is another fault.
+    """
+    from megatron import deepspeed_save, training
+
+    awaited = threading.Event()
+    write, finish = deepspeed_save._DeferredWriter.write_copies, training.Loop.finish_save
+
+    def write_when_awaited(writer: Any) -> None:
+        assert awaited.wait(60)
+        write(writer)
+
+    def say_and_finish(loop: Any) -> None:
+        awaited.set()
+        finish(loop)
+        awaited.clear()
+
+    deepspeed_save._DeferredWriter.write_copies = write_when_awaited  # type: ignore[method-assign]
+    training.Loop.finish_save = say_and_finish  # type: ignore[method-assign]
+    if then is not None:
+        function, arguments = then
+        function(*arguments)
 
 
 def call_main_twice(objective: str, first: list[str], second: list[str]) -> None:
@@ -175,7 +215,10 @@ def _check(result: int) -> None:
 
 
 def small_files_after_step(step: int, size: int) -> None:
-    """From the end of ``step`` on, the system refuses to write beyond the first ``size`` bytes of any file."""
+    """From the end of ``step`` on, the system refuses to write beyond the first ``size`` bytes of any file.
+
+    A checkpoint that is being written then is first written to its end.
+    """
     from megatron import training
 
     one_step = training.Loop.step
@@ -183,6 +226,8 @@ def small_files_after_step(step: int, size: int) -> None:
     def step_and_limit(loop: Any, batches: Any) -> None:
         one_step(loop, batches)
         if loop.progress.iteration == step:
+            if loop.pending is not None:
+                loop.pending[0].result.result()
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 

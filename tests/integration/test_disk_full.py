@@ -60,14 +60,17 @@ def test_a_disk_that_fills_up(corpus: Corpus, launch: Launcher, tmp_path: Path) 
     assert_goes_on(copy, straight, launch, corpus.flags(FLAGS, f"--save {copy} --load {copy}", dropout=0.1))
 
 
+@pytest.mark.parametrize("more", ["", "--async-save"])
 @pytest.mark.parametrize("failing", [[0], [0, 1], [1]])
-def test_a_rank_that_cannot_write(failing: list[int], corpus: Corpus, launch: Launcher, tmp_path: Path) -> None:
+def test_a_rank_that_cannot_write(
+    failing: list[int], more: str, corpus: Corpus, launch: Launcher, tmp_path: Path
+) -> None:
     """The system refuses large files from step 5 on, on some ranks (EFBIG, which needs no privilege to provoke)."""
     ranks = len(failing) if failing == [0] else 2
     straight, save = tmp_path / "straight", tmp_path / "save"
     argv = corpus.flags(FLAGS, f"--save {straight}", dropout=0.1)
     assert [process.code for process in launch.ranks("mdm", [argv] * ranks, [None] * ranks)] == [0] * ranks
-    argv = corpus.flags(FLAGS, f"--save {save} --load {save}", dropout=0.1)
+    argv = corpus.flags(FLAGS, f"--save {save} --load {save}", more, dropout=0.1)
     fault: Fault = (small_files_after_step, (5, 50_000))
     finished = launch.ranks("mdm", [argv] * ranks, [fault if rank in failing else None for rank in range(ranks)])
     assert_stopped(finished, f"cannot save {save}/global_step5", "earlier checkpoints are untouched")

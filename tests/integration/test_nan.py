@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_faults import poison
+from training_faults import hold_writes, poison
 from training_runs import Corpus, Fault, Launcher, curve, events, tensors
 
 pytestmark = pytest.mark.slow
@@ -79,16 +79,19 @@ def test_one_of_two_ranks_has_the_bad_sample(corpus: Corpus, launch: Launcher, t
     assert_not_finite_were_skipped(tmp_path, finished[0].stdout, [3, 5], [[20, 21, 22, 23], [36, 37, 38, 39]])
 
 
-@pytest.mark.parametrize(("objective", "ranks"), [("ar", 1), ("mdm", 2)])
+@pytest.mark.parametrize(("objective", "ranks", "more"), [("ar", 1, ""), ("mdm", 2, ""), ("mdm", 2, "--async-save")])
 def test_too_many_in_a_row_stop_the_run_and_cost_nothing(
-    objective: str, ranks: int, corpus: Corpus, launch: Launcher, tmp_path: Path
+    objective: str, ranks: int, more: str, corpus: Corpus, launch: Launcher, tmp_path: Path
 ) -> None:
+    """With --async-save the last good checkpoint is still being written when the run ends."""
     flags = f"--train-iters {STEPS} --save-interval 3 --max-nan-steps 2"
     straight, save = tmp_path / "straight", tmp_path / "save"
     argv = corpus.flags(flags, f"--save {straight}", dropout=0.1)
     assert [p.code for p in launch.ranks(objective, [argv] * ranks, [None] * ranks)] == [0] * ranks
-    argv = corpus.flags(flags, f"--save {save} --load {save}", dropout=0.1)
+    argv = corpus.flags(flags, f"--save {save} --load {save}", more, dropout=0.1)
     fault: Fault = (poison, (samples_of(4, 5, 6), math.nan))
+    if more:
+        fault = (hold_writes, (fault,))
     finished = launch.ranks(objective, [argv] * ranks, [fault] * ranks)
     assert [process.code for process in finished] == [1] * ranks, finished
     said = [line for line in finished[0].stderr.splitlines() if line.startswith("error: ")]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_faults import die_at_file_event, record_file_events, signal_after_step
+from training_faults import die_at_file_event, hold_writes, raise_after_step, record_file_events, signal_after_step
 from training_runs import Corpus, Fault, Launcher, curve, events, tensors
 
 pytestmark = pytest.mark.slow
@@ -23,6 +23,11 @@ FLAGS = f"--train-iters {STEPS} --eval-interval 2 --save-interval 4 --keep-last 
 def flags(corpus: Corpus, save: Path, *more: str) -> list[str]:
     """A run of eight steps with dropout that goes on from whatever lies in ``save``."""
     return corpus.flags(FLAGS, f"--save {save} --load {save}", *more, dropout=0.1)
+
+
+def held(fault: Fault | None, background: bool) -> Fault | None:
+    """``fault``, with writes in the ``background`` held back as long as they can be."""
+    return (hold_writes, (fault,)) if background else fault
 
 
 def assert_same_state(ours: Path, theirs: Path) -> None:
@@ -79,34 +84,39 @@ def test_the_reference_is_not_trivial(straight: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "workers", "how"),
+    ("objective", "workers", "how", "background"),
     [
-        ("ar", 2, "exit interval"),
-        ("ar", 0, "SIGTERM"),
-        ("mdm", 2, "SIGUSR1"),
-        ("mdm", 0, "kill switch"),
-        ("ar", 2, "SIGKILL"),
-        ("mdm", 0, "SIGKILL"),
+        ("ar", 2, "exit interval", False),
+        ("ar", 0, "SIGTERM", False),
+        ("mdm", 2, "SIGUSR1", False),
+        ("mdm", 0, "kill switch", False),
+        ("ar", 2, "SIGKILL", False),
+        ("mdm", 0, "SIGKILL", False),
+        ("mdm", 2, "exit interval", True),
+        ("mdm", 0, "SIGTERM", True),
+        ("ar", 0, "SIGKILL", True),
     ],
 )
 def test_stop_and_resume(
-    objective: str, workers: int, how: str, corpus: Corpus, launch: Launcher, tmp_path: Path,
+    objective: str, workers: int, how: str, background: bool, corpus: Corpus, launch: Launcher, tmp_path: Path,
     straight: Callable[..., Path],
 ) -> None:  # fmt: skip
     save, switch = tmp_path / "save", tmp_path / "kill-switch"
-    argv = flags(corpus, save, f"--num-workers {workers}")
+    argv = flags(corpus, save, f"--num-workers {workers}", *(["--async-save"] if background else []))
     if how == "exit interval":
-        stopped, at = launch(objective, [*argv, "--exit-interval", "5"]), 5
+        stopped, at = launch(objective, [*argv, "--exit-interval", "5"], fault=held(None, background)), 5
     elif how == "kill switch":
         switch.touch()
         stopped, at = launch(objective, [*argv, "--kill-switch-file", str(switch)]), 1
         assert not switch.exists()  # the requeued job goes on
-    elif how == "SIGKILL":  # between two saves: what was done since the last one is done again
-        stopped, at = launch(objective, argv, fault=(signal_after_step, (7, signal.SIGKILL))), 6
+    elif how == "SIGKILL":  # between two saves, or while one is written: what was done since the last is done again
+        fault = held((signal_after_step, (7, signal.SIGKILL)), background)
+        stopped, at = launch(objective, argv, fault=fault), 4 if background else 6
         assert stopped.code == -signal.SIGKILL and max(curve(save)) == 6
     else:
         number = signal.Signals[how]
-        stopped, at = launch(objective, [*argv, "--exit-signal-handler"], fault=(signal_after_step, (3, number))), 3
+        fault = held((signal_after_step, (3, number)), background)
+        stopped, at = launch(objective, [*argv, "--exit-signal-handler"], fault=fault), 3
         assert f"stopped after iteration 3: received {how}" in stopped.stdout
     if how != "SIGKILL":
         assert stopped.code == 0, stopped
@@ -118,54 +128,96 @@ def test_stop_and_resume(
     assert_same_run(save, straight(objective))
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both(
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_training_goes_on_while_a_checkpoint_is_written(
+    objective: str, corpus: Corpus, launch: Launcher, tmp_path: Path, straight: Callable[..., Path]
+) -> None:
+    """The run with --async-save is the run without, files included, though each write comes two steps late."""
+    finished = launch(objective, flags(corpus, tmp_path, "--async-save"), fault=held(None, True))
+    assert finished.code == 0 and "checkpoints are written in the background" in finished.stdout, finished
+    assert_same_run(tmp_path, straight(objective))
+    assert_same_state(tmp_path / "global_step6", straight(objective) / "global_step6")
+    early, late = tensors(tmp_path / "global_step6"), tensors(tmp_path / "global_step8")
+    weights = [name for name in early if "module/layers" in name and early[name].numel() > 1]
+    assert len(weights) > 10 and not any(torch.equal(early[name], late[name]) for name in weights)
+    order = [(e.get("event", e["kind"]), e["iteration"]) for e in events(tmp_path) if e["kind"] in ("train", "meta")]
+    for step in (2, 4, 6):
+        assert order.index(("train", step + 2)) < order.index(("saved", step)) < order.index(("saved", step + 2))
+    assert order[-2:] == [("saved", 8), ("finished", 8)]
+    for event in events(tmp_path, "meta"):
+        if event["event"] == "saved":
+            assert event["seconds"] > 0 and event["write_seconds"] > 0
+    alone = launch(objective, flags(corpus, tmp_path / "other"))
+    assert "checkpoints are written while training waits" in alone.stdout
+
+
+def test_a_defect_does_not_cost_the_checkpoint_that_is_being_written(
     corpus: Corpus, launch: Launcher, tmp_path: Path, straight: Callable[..., Path]
 ) -> None:
-    argv = flags(corpus, tmp_path, "--exit-signal-handler")
-    faults: list[Fault | None] = [None, (signal_after_step, (3, signal.SIGTERM))]
+    argv = flags(corpus, tmp_path, "--async-save")
+    finished = launch("ar", argv, fault=held((raise_after_step, (7,)), True))
+    assert finished.code == 1 and finished.stderr.rstrip().endswith("ZeroDivisionError: a defect")
+    assert (tmp_path / "latest").read_text() == "global_step6"
+    assert launch("ar", argv).code == 0
+    assert_same_run(tmp_path, straight("ar"))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_signal_to_one_of_two_ranks_stops_both(
+    background: bool, corpus: Corpus, launch: Launcher, tmp_path: Path, straight: Callable[..., Path]
+) -> None:
+    argv = flags(corpus, tmp_path, "--exit-signal-handler", *(["--async-save"] if background else []))
+    faults = [held(None, background), held((signal_after_step, (3, signal.SIGTERM)), background)]
     assert [p.code for p in launch.ranks("mdm", [argv] * 2, faults)] == [0, 0]
     assert (tmp_path / "latest").read_text() == "global_step3"
     assert [p.code for p in launch.ranks("mdm", [argv] * 2, [None] * 2)] == [0, 0]
     assert_same_run(tmp_path, straight("mdm", 2))
 
 
-def saving_events(corpus: Corpus, launch: Launcher, tmp_path: Path) -> list[str]:
+def saving_events(corpus: Corpus, launch: Launcher, tmp_path: Path, background: bool, *more: str) -> list[str]:
     """The operations on files of a whole run, in order."""
     log = tmp_path / "log"
     save = tmp_path / "recorded"
-    assert launch("ar", flags(corpus, save), fault=(record_file_events, (f"{save}/", log))).code == 0
+    fault = held((record_file_events, (f"{save}/", log)), background)
+    assert launch("ar", flags(corpus, save, *more), fault=fault).code == 0
     return log.read_text().splitlines()
 
 
+@pytest.mark.parametrize("background", [False, True])
 def test_sigkill_inside_a_save(
-    corpus: Corpus, launch: Launcher, tmp_path: Path, straight: Callable[..., Path]
+    background: bool, corpus: Corpus, launch: Launcher, tmp_path: Path, straight: Callable[..., Path]
 ) -> None:
     """The process dies before the n-th operation on the files of its save directory, for n all over the later saves."""
-    recorded = saving_events(corpus, launch, tmp_path)
+    more = ["--async-save"] if background else []
+    recorded = saving_events(corpus, launch, tmp_path, background, *more)
     start = next(i for i, event in enumerate(recorded) if event.startswith("os.mkdir") and "step6" in event)
     renames = [i for i in range(start, len(recorded)) if recorded[i].startswith("os.rename")]
     # When the temporary directory is new, before each rename, and after the last one. (Every single operation is tried
     # in tests/unit/test_checkpointing.py, with a stand-in for the engine.)
     moments = [start + 1, *renames, renames[-1] + 1]
     assert len(moments) > 8
+    if background:  # and where the thread flushes a file; fewer of the rest, which is the same
+        thread = next(i for i in range(start, len(recorded)) if "step6/rng_rank_0" in recorded[i])
+        moments = [start + 1, thread, *renames[:3], renames[-1] + 1]
     tags = set()
     for number, moment in enumerate(moments):
         save = tmp_path / f"save{number}"
-        fault = (die_at_file_event, (f"{save}/", moment + 1))
-        assert launch("ar", flags(corpus, save), fault=fault).code == -signal.SIGKILL, recorded[moment]
+        fault = held((die_at_file_event, (f"{save}/", moment + 1)), background)
+        assert launch("ar", flags(corpus, save, *more), fault=fault).code == -signal.SIGKILL, recorded[moment]
         tags.add((save / "latest").read_text())
-        resumed = launch("ar", flags(corpus, save))
+        resumed = launch("ar", flags(corpus, save, *more))
         assert resumed.code == 0, (recorded[moment], resumed)
         assert_same_run(save, straight("ar"))
         shutil.rmtree(save)
     assert tags == {"global_step4", "global_step6", "global_step8"}  # old and new ones were resumed from
 
 
+@pytest.mark.parametrize("more", ["", "--async-save"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_ranks_dies_inside_a_save(
-    victim: int, corpus: Corpus, launch: Launcher, tmp_path: Path, straight: Callable[..., Path]
+    victim: int, more: str, corpus: Corpus, launch: Launcher, tmp_path: Path, straight: Callable[..., Path]
 ) -> None:
-    argv = flags(corpus, tmp_path)
+    argv = flags(corpus, tmp_path, more)
     faults: list[Fault | None] = [None, None]
     faults[victim] = (die_at_file_event, (f".tmp-global_step6/rng_rank_{victim}", 1))
     codes = [process.code for process in launch.ranks("mdm", [argv] * 2, faults)]

@@ -54,11 +54,15 @@ def train(corpus: Corpus, launch: Launcher) -> Trainer:
 
 @pytest.mark.parametrize(("objective", "name"), [*(("ar", name) for name in SPLITS), ("mdm", "pp2")])
 def test_the_same_split_resumes_to_the_bit(train: Trainer, tmp_path: Path, objective: str, name: str) -> None:
-    """Six steps at once equal three, a stop, and three more: dropout, optimizer state and validation included."""
+    """Six steps at once equal three, a stop, and three more: dropout, optimizer state and validation included.
+
+    What lies between is written in the background, from a copy.
+    """
     ranks, flags = SPLITS[name]
     train(objective, ranks, tmp_path / "once", flags, dropout=0.1)
     for interval in ("3", "6"):
-        train(objective, ranks, tmp_path / "twice", flags, f"--exit-interval {interval}", dropout=0.1)
+        more = f"--exit-interval {interval} --save-interval 3 --async-save"
+        train(objective, ranks, tmp_path / "twice", flags, more, dropout=0.1)
     assert len(curve(tmp_path / "once")) == 6
     assert curve(tmp_path / "twice") == curve(tmp_path / "once")
     losses = [[event["loss"] for event in events(tmp_path / run, "valid")] for run in ("once", "twice")]

@@ -177,6 +177,7 @@ WRONG: list[tuple[Any, dict[str, Any], list[str]]] = [
     (DataConfig, {"train_data_path": ("1.0", "")}, ["--train-data-path is empty"]),
     (CheckpointConfig, {"save_interval": 5}, ["--save-interval", "--save"]),
     (CheckpointConfig, {"save": "d", "save_interval": 0}, ["--save-interval"]),
+    (CheckpointConfig, {"async_save": True}, ["--async-save", "--save"]),
     (CheckpointConfig, {"load_tag": "global_step1"}, ["--load-tag", "--load"]),
     (CheckpointConfig, {"finetune": True}, ["--finetune", "--load"]),
     (CheckpointConfig, {"no_load_optim": True}, ["--no-load-optim", "--load"]),
