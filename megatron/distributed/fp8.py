@@ -82,7 +82,9 @@ class _Fp8Linear(torch.autograd.Function):
         y = _multiply(
             quantize(rows, scales[0], FORWARD), quantize(weight, scales[1], FORWARD).t(), *scales, fast=True
         )  # [n, out]
-        return y.view(*x.shape[:-1], weight.shape[0])
+        # No view: tensor-parallel ranks add up what they got in place.
+        out: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+        return out
 
     @staticmethod
     @once_differentiable

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config import ModelConfig
-from megatron.distributed.tensor_parallel import ALONE, TensorParallel, tensor_parallel
+from megatron.distributed.tensor_parallel import ALONE, TensorParallel, tensor_parallel, train_in_fp8
 from megatron.distributed.topology import Topology, build_topology
 from megatron.model.gpt import build_layers, initialize_weights, named_parameters
 from megatron.model.partition import cut_of
@@ -61,9 +61,14 @@ def make_batch(extras: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def make_model(config: ModelConfig, tensor: TensorParallel, tokens: int) -> SequentialGPT:
-    """In double precision: what differs from the whole model by more than rounding is wrong."""
-    layers = [layer.double() for layer in build_layers(config, VOCABULARY, tokens, causal=False, tensor=tensor)]
+FP8 = {"hidden_size": 64, "ffn_hidden_size": 128, "disable_bias_linear": False, "init_method_std": 0.05}
+"""Multiples of 16 for every part of four ranks; weights that do not blow rounding up."""
+
+
+def make_model(config: ModelConfig, tensor: TensorParallel, tokens: int, fp8: bool = False) -> SequentialGPT:
+    """In double precision: what differs from the whole model by more than rounding is wrong; or in bf16 and fp8."""
+    dtype = torch.bfloat16 if fp8 else torch.float64
+    layers = [layer.to(dtype) for layer in build_layers(config, VOCABULARY, tokens, causal=False, tensor=tensor)]
     initialize_weights(layers, config, seed=1)
     # Away from ones and zeros, where a missing gain or bias would not show.
     for name, parameter in named_parameters(layers, config, 0).items():
@@ -72,14 +77,17 @@ def make_model(config: ModelConfig, tensor: TensorParallel, tokens: int) -> Sequ
             whole = torch.Size(parameter.shape) if cut is None else cut.whole_shape(parameter.shape)
             shift = 0.3 * torch.linspace(-1, 1, whole.numel(), dtype=torch.float64)
             parameter.data += shift if cut is None else cut.part(shift, tensor.rank, tensor.size)
-    return SequentialGPT(layers, config)
+    model = SequentialGPT(layers, config)
+    if fp8:
+        train_in_fp8(model)
+    return model
 
 
 def losses_and_gradients(
     config: ModelConfig, tensor: TensorParallel, extras: tuple[str, ...]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Training loss, evaluation rows, and the gradient of every parameter, joined over ranks."""
-    model = make_model(config, tensor, 17 if "few tokens" in extras else TOKENS)
+    model = make_model(config, tensor, 17 if "few tokens" in extras else TOKENS, "fp8" in extras)
     if "compiled" in extras and tensor.size > 1:
         compile_blocks(model, backend="eager")
     batch = make_batch(extras)
@@ -117,6 +125,15 @@ def compare(topology: Topology, sequence_parallel: bool, case: str) -> dict[str,
     return report | {name: difference(gradient, whole[2][name]) for name, gradient in cut[2].items()}
 
 
+def compare_fp8(topology: Topology) -> dict[str, float]:
+    """Distance of the cut model that trains in fp8 from the whole one in double precision, relative, by parameter."""
+    config = ModelConfig(**(SIZES | FP8))
+    cut = losses_and_gradients(config, tensor_parallel(topology, False), ("fp8",))
+    whole = losses_and_gradients(config, ALONE, ())
+    report = {"loss": float((cut[0] - whole[0]).abs() / whole[0])}
+    return report | {name: float((cut[2][name] - one).norm() / one.norm()) for name, one in whole[2].items()}
+
+
 def dropout(topology: Topology, sequence_parallel: bool, **changes: Any) -> dict[str, Any]:
     """What dropout does on the ranks: kept features of the embedding, gradients with and without recomputation."""
     tensor = tensor_parallel(topology, sequence_parallel)
@@ -128,7 +145,7 @@ def dropout(topology: Topology, sequence_parallel: bool, **changes: Any) -> dict
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in model.parameters()), torch.get_rng_state()])
     torch.manual_seed(7)
-    embedded = model.layers[0](tuple(make_batch(())[name] for name in ("inputs", "positions")))[0]
+    embedded = model.layers[0](*(make_batch(())[name] for name in ("inputs", "positions")))[0]
     attention = model.layers[1].self_attention
     torch.manual_seed(7)
     ones = torch.ones(3, 16, attention.num_heads, 8, dtype=torch.float64)
@@ -145,7 +162,7 @@ def main(store: str, report: str) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
-    found: dict[str, Any] = {"differences": {}, "dropout": {}}
+    found: dict[str, Any] = {"differences": {}, "dropout": {}, "fp8": {}}
     for size in (2, 4):
         topology = build_topology(size, 1, torch.device("cpu"), timeout)
         for sequence_parallel in (False, True):
@@ -154,6 +171,8 @@ def main(store: str, report: str) -> None:
                 if case == "compiled" and kind != "tensor 2 sequence":
                     continue  # compiling takes seconds
                 found["differences"][kind, case] = compare(topology, sequence_parallel, case)
+            if not sequence_parallel:
+                found["fp8"][kind] = compare_fp8(topology)
             found["dropout"][kind] = dropout(topology, sequence_parallel, hidden_dropout=0.3, attention_dropout=0.3)
     torch.save(found, Path(report))
     dist.destroy_process_group()

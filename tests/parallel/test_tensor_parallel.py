@@ -32,6 +32,18 @@ def test_loss_and_gradients_are_the_whole_models(reports: list[Any], kind: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensor 2", "tensor 4"])
+def test_fp8_of_each_part_is_the_whole_models(reports: list[Any], kind: str) -> None:
+    """Each rank scales its own parts. All differ from the exact model by fp8's rounding, and agree with each other."""
+    for report in reports:
+        differences = report["fp8"][kind]
+        assert len(differences) >= 10 and differences["loss"] < 0.02
+        wrong = {name: value for name, value in differences.items() if not value < 0.15}
+        assert not wrong, f"{kind}: {wrong}"
+    assert max(reports[0]["fp8"][kind].values()) > 0.02, "fp8 was used"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_agrees_where_it_must_and_differs_where_it_must(reports: list[Any], kind: str) -> None:
     """Hidden states that every rank has are dropped alike; own heads and own tokens are dropped independently."""
