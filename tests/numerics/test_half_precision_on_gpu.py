@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 STEPS, MICRO_BATCHES, SEED = 40, 4, 1234
 RATE, BETAS, EPSILON, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5
 LOSS_TOLERANCE = 2e-3  # relative; seen on an H100: 3e-4 and less, all cases
-NOISE_FACTOR, NORM_TOLERANCE = 5.0, 1e-2
-"""Rounding grows in forty steps, most in gradient norms. How much is measured: the plain loop runs once more, from
-master weights that differ by an fp32 rounding. Norms may differ by this factor of that, or by the tolerance if that is
-larger."""
-NUDGE = 1e-7
+FIRST_NORM_TOLERANCE = 1e-4  # relative, of the first step
+NORM_TOLERANCE = 1e-2
+"""Relative, of the median step. While the loss falls, rounding grows, most in gradient norms: a plain loop that begins
+with master weights of another fp32 rounding is off by up to 1e-2 in single steps, engines by up to 5e-2 (H100)."""
 FP16_SCALE = 2.0**12
 """Fixed loss scale of the plain loop; the engine finds its own."""
 
@@ -160,15 +160,13 @@ def engine_curve(config: RunConfig, vocabulary: Vocabulary, topology: Topology, 
 
 
 def plain_curve(
-    config: RunConfig, vocabulary: Vocabulary, device: torch.device, dtype: torch.dtype, steps: list[list[Batch]],
-    nudge: float = 0.0,
+    config: RunConfig, vocabulary: Vocabulary, device: torch.device, dtype: torch.dtype, steps: list[list[Batch]]
 ) -> Curve:
-    """The same steps in plain PyTorch, from master weights scaled by 1 + ``nudge``."""
+    """The same steps in plain PyTorch."""
     whole = build_model(config, vocabulary, False, single_process_topology(device))
     assert isinstance(whole, SequentialGPT)
     # As DeepSpeed does: master weights begin as the rounded ones.
-    rounded = {name: p.detach().to(dtype).float() for name, p in whole.named_parameters()}
-    master = {name: p.mul(1 + nudge).requires_grad_() for name, p in rounded.items()}  # fp32
+    master = {name: p.detach().to(dtype).float().requires_grad_() for name, p in whole.named_parameters()}  # fp32
     half = dict(whole.to(dtype).named_parameters())
     optimizer = torch.optim.AdamW(
         [
@@ -204,9 +202,9 @@ def plain_curve(
     return Curve(losses, norms, [True] * len(steps))
 
 
-def worst(found: list[float], expected: list[float]) -> float:
-    """Largest relative difference."""
-    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+def differences(found: list[float], expected: list[float]) -> list[float]:
+    """Relative difference of every step."""
+    return [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
 
 
 def compare(case: Case, sizes: Sizes, topology: Topology, path: Path) -> None:
@@ -218,14 +216,14 @@ def compare(case: Case, sizes: Sizes, topology: Topology, path: Path) -> None:
     plain = configuration(Case("plain", case.precision), sizes, path)
     kept = [step for step, applied in zip(steps, found.applied, strict=True) if applied]
     expected = plain_curve(plain, vocabulary, topology.device, case.dtype, kept)
-    nudged = plain_curve(plain, vocabulary, topology.device, case.dtype, kept, NUDGE)
-    loss, norm = worst(found.losses, expected.losses), worst(found.norms, expected.norms)
-    noise = worst(nudged.norms, expected.norms)
-    print(f"{case.name}: {sum(found.applied)} steps, loss {expected.losses[0]:.3f} -> {expected.losses[-1]:.3f}, "
-          f"largest relative difference: loss {loss:.2g}, gradient norm {norm:.2g} (noise {noise:.2g})")  # fmt: skip
+    losses, norms = differences(found.losses, expected.losses), differences(found.norms, expected.norms)
+    print(f"{case.name}: {len(losses)} steps, loss {expected.losses[0]:.3f} -> {expected.losses[-1]:.3f}, relative "
+          f"difference of the loss at most {max(losses):.2g}; of the gradient norm {norms[0]:.2g} in the first step, "
+          f"{statistics.median(norms):.2g} in the median one, at most {max(norms):.2g}")  # fmt: skip
     assert expected.losses[-1] < expected.losses[0] - 0.2, "the comparison means something: training moved"
     assert max(expected.norms) > CLIP, "and clipping took part in it"
-    assert loss < LOSS_TOLERANCE and norm < max(NORM_TOLERANCE, NOISE_FACTOR * noise)
+    assert max(losses) < LOSS_TOLERANCE
+    assert norms[0] < FIRST_NORM_TOLERANCE and statistics.median(norms) < NORM_TOLERANCE
 
 
 @pytest.fixture(scope="module")
