@@ -213,7 +213,7 @@ def _print_memory(options: argparse.Namespace) -> None:
     print_splits(
         _row(options.model), options.gpus, vocabulary=_padded_vocabulary(), micro_batch_size=options.micro_batch_size,
         global_batch_size=options.global_batch_size, seq_length=options.seq_length, dropout=options.dropout,
-        gpu_bytes=1e9 * options.gpu_memory,
+        gpu_bytes=1e9 * options.gpu_memory, fp8=options.fp8,
     )  # fmt: skip
 
 
@@ -314,6 +314,7 @@ def _parser() -> OneLineParser:
     memory.add_argument("--global-batch-size", type=int, default=256, help="[256]")
     memory.add_argument("--seq-length", type=int, default=2048, help="tokens per sample [2048]")
     memory.add_argument("--dropout", type=float, default=0.0, help="--hidden-dropout [0]")
+    memory.add_argument("--fp8", action="store_true", help="of a run with --fp8, whose blocks keep less")
     memory.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="what a GPU has [80]")
     return parser
 

@@ -32,6 +32,7 @@ class Split:
     offload: bool = False
     sequence_parallel: bool = False
     half: bool = True
+    fp8: bool = False
 
     @property
     def data(self) -> int:
@@ -132,6 +133,10 @@ def _activations(model: ModelConfig, split: Split, blocks: int, tokens: int, in_
     attention = (query + 2 * key) + (query + key if model.use_rotary_position_embeddings else 0) + query
     inner = (3 if model.swiglu else 2) * model.ffn_size
     kept = 4 * stream + (attention + inner) / split.tensor  # inputs and outputs of the two norms besides
+    if split.fp8:
+        # Products read rounded copies, which compiled code makes again out of the MLP's first product and, where no
+        # collective is in between, of the norms' inputs.
+        kept -= model.ffn_size / split.tensor + (2 * stream if split.tensor == 1 else 0)
     if model.hidden_dropout > 0:
         kept += 2 * stream / width  # a byte a number: the masks
     plan = model.recompute

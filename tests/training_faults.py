@@ -30,6 +30,13 @@ def keep_weights(directory: Path) -> None:
     training.Loop.train = train_and_keep  # type: ignore[method-assign]
 
 
+def allow_fp8_on_a_cpu() -> None:
+    """PyTorch computes the products of ``--fp8`` on a CPU too, too slowly to be of use to anyone but a test."""
+    from megatron import run
+
+    run.require_fp8 = lambda device: None
+
+
 def record_file_events(marker: str, log: Path) -> None:
     """Append to ``log`` every operation on a file whose path contains ``marker``: where a process can be killed."""
     _on_file_event(marker, lambda event: log.open("a").write(event + "\n"))

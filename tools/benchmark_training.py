@@ -2,7 +2,8 @@
 
 Called by ``tools/benchmark.py train``. The measured run is the real entry point, DeepSpeed, loader and noise included;
 ``--compare`` measures a plain loop (``benchmark_reference``) on the same machine in the same call. Steps after the
-measured ones are profiled; the profiler slows them, so their speed does not count.
+measured ones are profiled; the profiler slows them, so their speed does not count. MFU is against the GPU's bf16 peak,
+also with ``--extra --fp8``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ _RECIPE = (
     ("learning rate", "optimizer", ("lr", "min_lr", "lr_decay_style", "lr_warmup_samples", "lr_warmup_fraction")),
     ("batch", "batch", ("global_batch_size", "rampup_batch_size", "seq_length")),
     ("regularisation", "model", ("attention_dropout", "hidden_dropout", "init_method_std")),
-    ("precision", "optimizer", ("bf16", "fp16")),
+    ("precision", "optimizer", ("bf16", "fp16", "fp8")),
     ("objective", "objective", (
         "time_sampler", "mask_sampler", "loss_weighting", "ar_ratio", "low_noise_start", "eod_mask_loss",
         "reset_position_ids", "reset_attention_mask", "randmask_ratio", "num_order_list",

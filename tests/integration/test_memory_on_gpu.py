@@ -29,11 +29,13 @@ class Case:
     offload: bool = False
     recompute: bool = False
     dropout: float = 0.0
+    fp8: bool = False
 
     @property
     def name(self) -> str:
         words = [self.model, self.objective, f"micro-batch {self.micro_batch}", f"zero {self.zero_stage}"]
         words += ["offload"] * self.offload + ["recompute"] * self.recompute + ["dropout"] * (self.dropout > 0)
+        words += ["fp8"] * self.fp8
         return " ".join(words)
 
 
@@ -45,12 +47,15 @@ CASES = [
     Case("425M", 4, recompute=True),
     Case("425M", 4, offload=True),
     Case("425M", 4, zero_stage=3),
+    Case("425M", 8, fp8=True),
+    Case("425M", 8, fp8=True, recompute=True),
 ]
 
 
 def measured(case: Case, directory: Path) -> float:
     """Peak of the allocator in 1e9 bytes after four steps; Adam's state is there from the first one's end."""
     extra = ["--checkpoint-activations"] * case.recompute + ["--cpu-optimizer"] * case.offload
+    extra += ["--fp8"] * case.fp8
     figures = directory / "figures.jsonl"
     code = benchmark.main([
         *f"train --model {case.model} --objective {case.objective} --micro-batch-size {case.micro_batch} "
@@ -69,7 +74,7 @@ def estimated(case: Case) -> float:
         SEQ_LENGTH, hidden_dropout=case.dropout, attention_dropout=case.dropout, checkpoint_activations=case.recompute
     )
     found = estimate(
-        model, Split(gpus=1, zero_stage=case.zero_stage, offload=case.offload),
+        model, Split(gpus=1, zero_stage=case.zero_stage, offload=case.offload, fp8=case.fp8),
         vocabulary=build_vocabulary(budget.GPT2_VOCABULARY, 128).padded_size, micro_batch_size=case.micro_batch,
         seq_length=SEQ_LENGTH, micro_batches=MICRO_BATCHES,
     )  # fmt: skip
