@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron.errors import UserError
 
@@ -56,15 +55,16 @@ def require_fp8(device: torch.device) -> None:
 def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What to divide ``x`` by so that its largest magnitude is the largest of ``dtype``: a scalar, fp32."""
     peak = x.abs().amax().float()
-    # `where`, not `clamp`: NaN is not smaller and stays.
+    # `where`, not `clamp`: NaN is not smaller and stays. Besides, Triton can garble fp8 stores in a kernel that takes the
+    # smaller or larger of two numbers as torch 2.13 has it do (triton-lang/triton issue 11111, pytorch/ao pull 4652).
     return torch.where(peak < SMALLEST_PEAK, SMALLEST_PEAK, peak) / torch.finfo(dtype).max
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``x / scale`` rounded to ``dtype``.
 
-    Nothing is clamped: the division's own rounding moves the largest entry by 1e-7 of itself, which rounds back to the
-    largest number of the format, so conversions that saturate and those that do not agree.
+    Nothing is clamped: the largest entry is off by the division's rounding, or by one to bf16 that compiled code leaves
+    out, 0.4 % and less, which rounds to the largest number of the format. Conversions that saturate and others agree.
     """
     return (x.float() / scale).to(dtype)
 
@@ -87,19 +87,15 @@ class _Fp8Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         rows, weight, input_scale, weight_scale = ctx.saved_tensors
         grad_rows = grad.reshape(-1, grad.shape[-1])  # [n, out]
         grad_scale = scale_of(grad_rows, GRADIENT)
         rounded = quantize(grad_rows, grad_scale, GRADIENT)
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            by_columns = _by_columns(quantize(weight, weight_scale, FORWARD))  # [out, in]
-            grad_x = _multiply(rounded, by_columns, grad_scale, weight_scale).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            by_columns = _by_columns(quantize(rows, input_scale, FORWARD))  # [n, in]
-            grad_weight = _multiply(rounded.t().contiguous(), by_columns, grad_scale, input_scale)  # [out, in]
+        by_columns = _by_columns(quantize(weight, weight_scale, FORWARD))  # [out, in]
+        grad_x = _multiply(rounded, by_columns, grad_scale, weight_scale).view(ctx.shape)
+        by_columns = _by_columns(quantize(rows, input_scale, FORWARD))  # [n, in]
+        grad_weight = _multiply(rounded.t().contiguous(), by_columns, grad_scale, input_scale)  # [out, in]
         return grad_x, grad_weight
 
 
