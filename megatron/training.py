@@ -10,11 +10,9 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NoReturn
 
 import torch
-import torch.distributed as dist
 
 from megatron import budget
 from megatron.arguments import parse_arguments
@@ -30,6 +28,7 @@ from megatron.engine import StepResult
 from megatron.errors import OneRankError, UserError
 from megatron.evaluation import Measurement, Validator
 from megatron.initialize import initialize, shut_down
+from megatron.interval import Interval
 from megatron.metrics import MetricsError, MetricsWriter, TrainRecord, ValidationRecord, metrics_path
 from megatron.profiling import StepProfiler, in_words
 from megatron.run import Run, banner, set_up
@@ -421,79 +420,6 @@ class Loop:
             "flops": float(tokens * run.flops_per_token),
             "flops_no_embeddings": float(budget.training_flops(run.parameters - run.embedding_parameters, tokens)),
         }
-
-
-@dataclass
-class Interval:
-    """Sums between two log lines. Losses stay on the device until :meth:`mean_loss`, so a step waits for nothing."""
-
-    losses: list[torch.Tensor] = field(default_factory=list)
-    counted: list[torch.Tensor] = field(default_factory=list)
-    samples: int = 0
-    steps: int = 0
-    applied: int = 0
-    nan_steps: int = 0
-    rate: float = 0.0
-    grad_norm: float | None = None
-    batch_size: int = 0
-    _began: float = field(default_factory=time.perf_counter)
-    _paused: float = 0.0
-
-    def add(self, result: StepResult, rate: float, size: int) -> None:
-        """Count an applied step."""
-        self.losses.append(result.loss)
-        self.counted.append(result.counted)
-        self.grad_norm = result.grad_norm
-        self.applied += 1
-        self._count(rate, size)
-
-    def add_skipped(self, rate: float, size: int) -> None:
-        """Count a step that was not applied; its loss is not part of the mean."""
-        self._count(rate, size)
-
-    def _count(self, rate: float, size: int) -> None:
-        self.steps += 1
-        self.samples += size
-        self.rate, self.batch_size = rate, size
-
-    def mean_loss(self, topology: Topology) -> float:
-        """Mean over the applied steps of the loss a counted token, averaged over data-parallel ranks; NaN without
-        any.
-        """
-        if not self.losses:
-            return math.nan
-        sums = torch.stack(
-            [
-                torch.stack([loss.float() for loss in self.losses]),
-                torch.stack(self.counted).to(self.losses[0].device, torch.float32),
-            ]
-        )  # [2, steps]
-        if topology.data_parallel_size > 1:
-            dist.all_reduce(sums, group=topology.data_group)
-        return float((sums[0] / sums[1]).mean())
-
-    def seconds(self) -> float:
-        """Seconds since the interval began, validations and saves left out."""
-        return time.perf_counter() - self._began - self._paused
-
-    def paused(self) -> _Paused:
-        """Context in which the interval's clock stands still."""
-        return _Paused(self)
-
-
-@dataclass
-class _Paused:
-    interval: Interval
-    began: float = 0.0
-    seconds: float = 0.0
-
-    def __enter__(self) -> _Paused:
-        self.began = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self.began
-        self.interval._paused += self.seconds
 
 
 def _validation_losses(store: CheckpointStore, iteration: int) -> list[float]:
