@@ -55,8 +55,8 @@ def require_fp8(device: torch.device) -> None:
 def scale_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What to divide ``x`` by so that its largest magnitude is the largest of ``dtype``: a scalar, fp32."""
     peak = x.abs().amax().float()
-    # `where`, not `clamp`: NaN is not smaller and stays. Besides, Triton can garble fp8 stores in a kernel that takes the
-    # smaller or larger of two numbers as torch 2.13 has it do (triton-lang/triton issue 11111, pytorch/ao pull 4652).
+    # `where`, not `clamp`: NaN is not smaller and stays. Besides, in a kernel that takes the smaller or larger of two
+    # numbers, as torch 2.13 writes it, Triton can garble fp8 stores (triton-lang/triton 11111, pytorch/ao 4652).
     return torch.where(peak < SMALLEST_PEAK, SMALLEST_PEAK, peak) / torch.finfo(dtype).max
 
 
