@@ -182,7 +182,7 @@ def build_model(
     config: RunConfig, vocabulary: Vocabulary, causal: bool, topology: Topology
 ) -> SequentialGPT | PipelinedGPT:
     """This process's part of the model with its initial weights, its blocks compiled if ``--compile`` (default: on a
-    GPU).
+    GPU, below ZeRO 3, under which that was tried on CPUs only).
 
     Raises:
         UserError: ``--activation-memory-budget`` without compiled blocks.
@@ -201,7 +201,7 @@ def build_model(
     initialize_weights(list(model.layers), config.model, config.parallel.seed, model.first_layer, access)
     compiled = config.parallel.compile
     if compiled is None:
-        compiled = topology.device.type == "cuda"
+        compiled = topology.device.type == "cuda" and config.parallel.zero_stage < 3
     if compiled:
         if config.parallel.zero_stage == 3:
             gather_by_block(model)
