@@ -1,9 +1,15 @@
-"""Saving through the real DeepSpeed on two processes: a rank that cannot write hangs nobody and leaves no dirt."""
+"""Saving through the real DeepSpeed on two processes: a rank that cannot write hangs nobody and leaves no dirt.
+
+The ranks are this file, started as a program: forks of the tests' process would have the process groups that DeepSpeed
+keeps of whatever test ran there before.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +49,8 @@ def build_engine() -> Any:
     return engine
 
 
-def _rank(rank: int, folder: Path, background: bool, answers: Any) -> None:
+def run_rank(rank: int, folder: Path, background: bool) -> None:
+    """One rank: save, load, fail to save; what it saw goes to ``report{rank}.json``."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -75,7 +82,7 @@ def _rank(rank: int, folder: Path, background: bool, answers: Any) -> None:
             except RuntimeError as error:
                 report.append(str(error))
         assert engine.checkpoint_engine is inner
-    answers.put((rank, report))
+    (folder / f"report{rank}.json").write_text(json.dumps(report))
     dist.barrier()
     os._exit(0)
 
@@ -101,17 +108,20 @@ def make_fail(patch: pytest.MonkeyPatch, engine: Any, name: str) -> None:
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_failing_rank_fails_both_and_keeps_the_last_checkpoint(tmp_path: Path, background: bool) -> None:
-    context = multiprocessing.get_context("fork")
-    answers = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(rank, tmp_path, background, answers)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(150)
-        if process.is_alive():
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path), str(int(background))],
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(150) for process in ranks] == [0, 0], "a rank crashed"
+    finally:
+        for process in ranks:
             process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0], "a rank hung or crashed"
-    reports = dict(answers.get() for _ in ranks)
+    reports = {rank: json.loads((tmp_path / f"report{rank}.json").read_text()) for rank in range(2)}
     expected = [
         f"cannot save {tmp_path}/out/global_step2: rank {failing}: No space left on device (errno 28); "
         "earlier checkpoints are untouched"
@@ -125,3 +135,7 @@ def test_a_failing_rank_fails_both_and_keeps_the_last_checkpoint(tmp_path: Path,
     files = store.metadata("global_step1").files
     assert {"rng_rank_0.pt", "rng_rank_1.pt", "mp_rank_00_model_states.pt"} <= files.keys()
     assert sum(name.endswith("optim_states.pt") for name in files) == 2
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "1")
