@@ -197,17 +197,16 @@ def build_model(
             model = SequentialGPT(build_layers(config.model, *sizes, causal, tensor), config.model)
     if config.optimizer.fp8:
         train_in_fp8(model)
-    access = whole_parameter if config.parallel.zero_stage == 3 else None
+    divided = config.parallel.zero_stage == 3
+    access = whole_parameter if divided else None
     initialize_weights(list(model.layers), config.model, config.parallel.seed, model.first_layer, access)
     compiled = config.parallel.compile
     if compiled is None:
-        compiled = topology.device.type == "cuda" and config.parallel.zero_stage < 3
+        compiled = topology.device.type == "cuda" and not divided
     if compiled:
-        if config.parallel.zero_stage == 3:
+        if divided:
             gather_by_block(model)
-        compile_blocks(
-            model, one_by_one=config.parallel.zero_stage == 3, memory_budget=config.parallel.activation_memory_budget
-        )
+        compile_blocks(model, one_by_one=divided, memory_budget=config.parallel.activation_memory_budget)
     elif config.parallel.activation_memory_budget is not None:
         raise UserError("--activation-memory-budget needs compiled blocks: add --compile, or drop it")
     return model

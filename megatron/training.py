@@ -329,13 +329,14 @@ class Loop:
         metadata, engine = self._metadata(), self.run.engine
         if metadata.validation is not None and math.isfinite(metadata.validation.loss):
             self.best_losses = sorted([*self.best_losses, metadata.validation.loss])
-        write = functools.partial(engine.save, background=engine.saves_in_background and not wait)
+        background = engine.saves_in_background and not wait
+        write = functools.partial(engine.save, background=background)
         with self.interval.paused() as pause:
             pending = self.store.start_save(write, metadata, self.topology)
         self.metrics.pause(pause.seconds)
         self.pending = pending, pause.seconds
         self.saved_at = self.progress.iteration
-        if wait or not engine.saves_in_background:
+        if not background:
             self.finish_save()
 
     def finish_save(self) -> None:

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.model.gpt import Head
 from megatron.model.rope import rotary_table
-from megatron.model.sharding import SequentialGPT
+from megatron.model.sharding import SequentialGPT, run_in_order
 
 MAX_LOGITS = 2**27
 """Logits at once: 512 MB in fp32."""
@@ -36,10 +36,8 @@ def final_hidden(
     embedding, *rest, _ = model.layers
     hidden, _ = embedding(inputs, positions)
     mask = () if attention_mask is None else (attention_mask,)
-    state = (hidden, places(model, positions), *mask)
-    for layer in rest:
-        state = layer(*state)
-    return state[0]
+    final: Tensor = run_in_order(rest, (hidden, places(model, positions), *mask))[0]
+    return final
 
 
 def places(model: SequentialGPT, positions: Tensor) -> Tensor:
