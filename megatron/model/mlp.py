@@ -1,4 +1,4 @@
-"""Feed-forward layer: SwiGLU (Shazeer, arXiv 2002.05202, eq. 6) or GELU."""
+"""Feed-forward layer, with SwiGLU or GELU between its two products."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megatron.config import ModelConfig
 from megatron.distributed.tensor_parallel import ALONE, ColumnParallelLinear, RowParallelLinear, TensorParallel
+from megatron.model.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -29,8 +30,7 @@ class MLP(nn.Module):
         """hidden [b, s, h] -> [b, s, h]; with sequence parallelism [own tokens, h], both."""
         inner = self.dense_h_to_4h(hidden)
         if self.swiglu:
-            gate, up = inner.chunk(2, dim=-1)  # each [b, s, ffn / ranks]
-            inner = F.silu(gate) * up
+            inner = swiglu(inner)  # [b, s, ffn / ranks]
         else:
             inner = F.gelu(inner, approximate="tanh")
         return self.dense_4h_to_h(inner)
