@@ -43,6 +43,8 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, global_batch_si
         "pipeline": _pipeline(user, config),
     }
     merged.setdefault("steps_per_print", 10**9)
+    # Its timer would wait for the GPU before every micro-batch, and nothing would be ready for the GPU to do then.
+    merged.setdefault("timers", {"throughput": {"enabled": False}})
     if config.optimizer.bf16:
         defaults = {"immediate_grad_update": True, "check_grad_overflow": True}
         merged["bf16"] = {**defaults, **user.get("bf16", {}), "enabled": True}

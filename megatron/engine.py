@@ -88,6 +88,7 @@ class Engine:
                 config=self.config,
                 dist_init_required=False,
             )
+        add_without_copies(self._engine.optimizer)
 
     @property
     def model(self) -> Model:
@@ -228,6 +229,24 @@ class Engine:
         with agree_on_error(topology):
             if problem is not None:
                 raise problem
+
+
+def add_without_copies(optimizer: Any) -> None:
+    """Let DeepSpeed's ``BF16_Optimizer`` add bf16 gradients to its fp32 sums as they are. By itself it makes an fp32
+    copy of each first, for the same sums to the bit; other optimizers are left alone."""
+    if not hasattr(optimizer, "fp32_groups_gradients"):
+        return
+
+    def add(parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
+        if parameter.grad is None:
+            return
+        parameter._hp_grad = optimizer.fp32_groups_gradients[group][index]
+        parameter._hp_grad.add_(parameter.grad.view(parameter._hp_grad.shape))
+        optimizer.fp32_groups_has_gradients[group][index] = True
+        if clear_lp_grads:
+            parameter.grad.zero_()
+
+    optimizer._update_hp_grad = add
 
 
 def _forward(model: Any, batch: Batch, **options: str) -> torch.Tensor:

@@ -47,9 +47,14 @@ def test_stage_zero_runs_as_one(asked: int, run: int) -> None:
 
 
 def test_json_adds_settings_and_keeps_its_own(tmp_path: Path) -> None:
-    added = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "bf16": {"enabled": True}, "comms_logger": {}}
+    added = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "bf16": {"enabled": True}, "comms_logger": {},
+        "timers": {"throughput": {"synchronized": False}},
+    }  # fmt: skip
+    assert merged(tmp_path, {})["timers"] == {"throughput": {"enabled": False}}
     found = merged(tmp_path, added | {"train_batch_size": "auto", "steps_per_print": 7}, {"zero_stage": 2}, bf16=True)
     assert found["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 5}
+    assert found["timers"] == added["timers"]
     assert found["comms_logger"] == {} and found["steps_per_print"] == 7 and found["train_batch_size"] == 16
     assert found["bf16"] == {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
     assert found["data_types"] == {"grad_accum_dtype": "fp32"}
