@@ -43,7 +43,7 @@ class ParallelConfig(Options):
     local_rank: int | None = option("set by launchers", None, at_least=0, flag="--local_rank")
     distributed_backend: str | None = option("collectives [nccl with GPUs, else gloo]", None, choices=("nccl", "gloo"))
     distributed_timeout_minutes: int = option("a collective that takes longer ends the run", 10, at_least=1)
-    compile: bool | None = option("torch.compile the transformer blocks [on with a GPU, below ZeRO 3]", None)
+    compile: bool | None = option("torch.compile the transformer blocks [on with a GPU]", None)
     activation_memory_budget: float | None = option(
         "compiled blocks keep about this share of their activations and recompute the cheapest of the rest [all]", None,
         at_least=0, at_most=1,

@@ -182,7 +182,7 @@ def build_model(
     config: RunConfig, vocabulary: Vocabulary, causal: bool, topology: Topology
 ) -> SequentialGPT | PipelinedGPT:
     """This process's part of the model with its initial weights, its blocks compiled if ``--compile`` (default: on a
-    GPU, below ZeRO 3, under which that was tried on CPUs only).
+    GPU).
 
     Raises:
         UserError: ``--activation-memory-budget`` without compiled blocks.
@@ -202,7 +202,7 @@ def build_model(
     initialize_weights(list(model.layers), config.model, config.parallel.seed, model.first_layer, access)
     compiled = config.parallel.compile
     if compiled is None:
-        compiled = topology.device.type == "cuda" and not divided
+        compiled = topology.device.type == "cuda"
     if compiled:
         if divided:
             gather_by_block(model)

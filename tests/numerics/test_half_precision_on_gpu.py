@@ -1,7 +1,8 @@
 """Forty steps of the engine in half precision equal a plain PyTorch loop: half-precision model, fp32 everything else.
 
 The loop is written out: gradients of a half-precision copy are added up in fp32, clipped, and stepped by AdamW on fp32
-master weights, which are then rounded into the copy. Both sides run the same model, uncompiled, on the same batches.
+master weights, which are then rounded into the copy. Both sides run the same model on the same batches, the loop always
+uncompiled.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ STEPS, MICRO_BATCHES, SEED = 40, 4, 1234
 RATE, BETAS, EPSILON, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5
 LOSS_TOLERANCE = 2e-3  # relative; seen on an H100: 3e-4 and less, all cases
 FIRST_NORM_TOLERANCE = 1e-4  # relative, of the first step
+COMPILED_NORM_TOLERANCE = 2e-3  # the same, where compiled code rounds elsewhere
 NORM_TOLERANCE = 1e-2
 """Relative, of the median step. While the loss falls, rounding grows, most in gradient norms: a plain loop that begins
 with master weights of another fp32 rounding is off by up to 1e-2 in single steps, engines by up to 5e-2 (H100)."""
@@ -58,6 +60,7 @@ class Case:
     zero_stage: int = 1
     cpu_optimizer: bool = False
     json: str | None = None
+    compile: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,6 +74,8 @@ CASES = [
     Case("bf16 zero 3", zero_stage=3),
     Case("bf16 zero 1 offload", cpu_optimizer=True),
     Case("bf16 zero 3 offload_param", zero_stage=3, json=json.dumps(OFFLOAD_PARAMETERS)),
+    Case("bf16 zero 3 compiled", zero_stage=3, compile=True),
+    Case("bf16 zero 3 offload_param compiled", zero_stage=3, json=json.dumps(OFFLOAD_PARAMETERS), compile=True),
     Case("fp16 zero 1", precision="fp16"),
 ]
 
@@ -116,7 +121,7 @@ def configuration(case: Case, sizes: Sizes, path: Path) -> RunConfig:
             bf16=case.precision == "bf16", fp16=case.precision == "fp16",
         ),
         parallel=ParallelConfig(
-            zero_stage=case.zero_stage, cpu_optimizer=case.cpu_optimizer, compile=False, seed=SEED,
+            zero_stage=case.zero_stage, cpu_optimizer=case.cpu_optimizer, compile=case.compile, seed=SEED,
             deepspeed_config=None if case.json is None else str(path),
         ),
         tokenizer=TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model="unused"),
@@ -223,7 +228,8 @@ def compare(case: Case, sizes: Sizes, topology: Topology, path: Path) -> None:
     assert expected.losses[-1] < expected.losses[0] - 0.2, "the comparison means something: training moved"
     assert max(expected.norms) > CLIP, "and clipping took part in it"
     assert max(losses) < LOSS_TOLERANCE
-    assert norms[0] < FIRST_NORM_TOLERANCE and statistics.median(norms) < NORM_TOLERANCE
+    assert norms[0] < (COMPILED_NORM_TOLERANCE if case.compile else FIRST_NORM_TOLERANCE)
+    assert statistics.median(norms) < NORM_TOLERANCE
 
 
 @pytest.fixture(scope="module")
