@@ -104,12 +104,10 @@ def _states(parameters: int, split: Split) -> tuple[float, float, float, float]:
     # fp32 master weights and two moments.
     optimizer = 0.0 if split.offload else 12.0 * parameters * shares[0]
     gradients = 4.0 * parameters * shares[1]  # accumulated in fp32
-    if split.offload and split.zero_stage == 1 and split.half:
-        gradients += 4.0 * parameters * shares[0]  # the reduced share, before it leaves for the host
     buffers = 0.0
     if split.zero_stage >= 2:
         buffers += BUCKET * width
-    elif split.data > 1:
+    elif split.data > 1 or (split.offload and split.half):
         buffers += min(BUCKET, parameters) * 4.0
     if split.zero_stage == 3:
         buffers += min(2 * BUCKET, parameters) * width  # parameters gathered at a time
@@ -155,9 +153,9 @@ def _activations(model: ModelConfig, split: Split, blocks: int, tokens: int, in_
 def _head(model: ModelConfig, split: Split, vocabulary: int, tokens: int) -> float:
     """Bytes of final norm, head and loss: one chunk of logits and of their gradient, and the head's fp32 gradient.
 
-    Code that is not compiled (ZeRO 3) and fp32 runs also keep the chunk's log-probabilities in fp32.
+    Fp32 runs also keep the chunk's log-probabilities.
     """
     width, h, rows = 2 if split.half else 4, model.hidden_size, vocabulary / split.tensor
     chunk = min(MAX_CHUNK_ELEMENTS, tokens * rows)
-    between = 0 if split.half and split.zero_stage < 3 else 4
+    between = 0 if split.half else 4
     return width * 4 * tokens * h + chunk * (2 * width + between) + 4 * rows * h

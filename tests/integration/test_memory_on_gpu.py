@@ -47,6 +47,7 @@ CASES = [
     Case("425M", 4, recompute=True),
     Case("425M", 4, offload=True),
     Case("425M", 4, zero_stage=3),
+    Case("2298M", 4, offload=True),
     Case("425M", 8, fp8=True),
     Case("425M", 8, fp8=True, recompute=True),
 ]
