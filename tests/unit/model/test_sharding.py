@@ -156,9 +156,9 @@ def test_half_precision_follows_fp32(make_model: Make, batch: Batch, causal: boo
     torch.testing.assert_close(loss, make_model(causal)(**batch), rtol=3e-2, atol=0)
 
 
-def test_memory_budget(make_model: Make, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._functorch.config.patch("activation_memory_budget", 1.0)  # monkeypatch would leave it hidden
+def test_memory_budget(make_model: Make, batch: Batch) -> None:
     """A smaller share keeps fewer bytes for the backward pass; loss and gradients stay."""
-    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
     sizes = []
     for budget in (None, 0.5, 0.0):
         torch.compiler.reset()
