@@ -24,7 +24,7 @@ from megatron.config import (
 from megatron.distributed.topology import Topology
 from megatron.engine import Engine
 from megatron.initialize import initialize, shut_down
-from megatron.objectives import Batch, build_objective
+from megatron.objectives import build_objective
 from megatron.run import build_model
 from megatron.tokenizer import build_vocabulary
 
@@ -59,14 +59,10 @@ def trained(topology: Topology) -> Engine:
     objective = build_objective(
         CONFIG.objective, VOCABULARY, 0, 1234, LENGTH, BatchSchedule(MICRO_BATCH * MICRO_BATCHES)
     )
-    generator = torch.Generator().manual_seed(0)
-
-    def batches() -> Iterator[Batch]:
-        for index in range(STEPS * MICRO_BATCHES):
-            tokens = torch.randint(VOCABULARY.num_tokens, (MICRO_BATCH, LENGTH + 1), generator=generator)
-            yield objective.make_batch(tokens, torch.arange(MICRO_BATCH) + index * MICRO_BATCH)
-
-    stream = batches()
+    size = (STEPS * MICRO_BATCHES, MICRO_BATCH)
+    tokens = torch.randint(VOCABULARY.num_tokens, (*size, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    samples = torch.arange(size[0] * size[1]).view(size)
+    stream = map(objective.make_batch, tokens, samples)
     assert all(engine.train_batch(stream, MICRO_BATCHES, 1e-2).applied for _ in range(STEPS))
     return engine
 
