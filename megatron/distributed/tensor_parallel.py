@@ -165,7 +165,11 @@ class TokenParallelRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [own tokens, h] -> the same, normalised."""
-        return F.rms_norm(x, self.normalized_shape, copy_to_ranks(self.weight, self.tensor.token_group), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.gain(), self.eps)
+
+    def gain(self) -> Tensor:
+        """The gain [h], of which every rank gets the gradient of all tokens."""
+        return copy_to_ranks(self.weight, self.tensor.token_group)
 
 
 def reduce_to_residual(partial: Tensor, tensor: TensorParallel) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron.inference.forward import kernels_for_any_shape, places
 from megatron.model.attention import Attention
 from megatron.model.gpt import Block
-from megatron.model.rope import rotate
+from megatron.model.rope import split_heads
 from megatron.model.sharding import SequentialGPT
 
 
@@ -68,10 +68,7 @@ class CachedModel:
         batch, count, _ = hidden.shape
         heads, kv_heads = attention.num_heads, attention.num_kv_heads
         mixed = attention.query_key_value(hidden).view(batch, count, -1, attention.head_size)  # [b, n, q + 2 kv, d]
-        rotated, value = mixed.split((heads + kv_heads, kv_heads), dim=2)
-        if attention.rotary:
-            rotated = rotate(rotated, table)
-        query, key = rotated.split((heads, kv_heads), dim=2)
+        query, key, value = split_heads(mixed, (heads, kv_heads), table if attention.rotary else None)
         stop = self.length + count
         keys, values = self._cache[0, index], self._cache[1, index]  # [b, kv, capacity, d]
         keys[:, :, self.length : stop] = key.transpose(1, 2)

@@ -21,7 +21,7 @@ from megatron.distributed.tensor_parallel import (
     differs_by_rank,
 )
 from megatron.model.masks import BlockMaskMaker, Mask, block_mask, dense_mask, flex_obstacle
-from megatron.model.rope import rotary_table, rotate
+from megatron.model.rope import rotary_table, split_heads
 
 
 class Attention(nn.Module):
@@ -92,12 +92,10 @@ class Attention(nn.Module):
         if self.shared_kv:
             projected = self._with_whole_kv_heads(projected.view(batch, length, -1))
         heads = projected.view(batch, length, -1, self.head_size)  # [b, s, q + 2 kv, head_size]
-        rotated, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
+        table = None
         if self.rotary:
-            # Queries and keys stand next to each other and turn by the same angles: one call for both.
             table = places if places.is_floating_point() else rotary_table(places, self.head_size, self.theta)
-            rotated = rotate(rotated, table)
-        query, key = rotated.split((self.num_heads, self.num_kv_heads), dim=2)
+        query, key, value = split_heads(heads, (self.num_heads, self.num_kv_heads), table)
         if self.recompute and self.training and hidden.requires_grad:
             context = checkpoint(self._attend, query, key, value, attention_mask,
                                  use_reentrant=False, preserve_rng_state=self.dropout > 0)

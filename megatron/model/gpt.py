@@ -42,13 +42,13 @@ from megatron.distributed.tensor_parallel import (
     PositionEmbedding,
     TensorParallel,
     VocabularyParallelEmbedding,
-    differs_by_rank,
 )
 from megatron.model.attention import Attention
 from megatron.model.cross_entropy import Terms, chunk_terms, linear_cross_entropy, weighted_nll
+from megatron.model.dropout import add_dropped, dropout
 from megatron.model.masks import Mask
 from megatron.model.mlp import MLP
-from megatron.model.norm import build_norm
+from megatron.model.norm import branch, build_norm
 from megatron.model.partition import cut_of
 
 State = tuple[Any, ...]  # tensors; a mask may be FlexAttention's while it is among blocks
@@ -72,7 +72,7 @@ class Embedding(nn.Module):
         hidden = self.word_embeddings(inputs)
         if self.position_embeddings is not None:
             hidden = hidden + self.position_embeddings(positions)
-        return _dropout(hidden, self.dropout, self.training, self.tensor), positions, *mask
+        return dropout(hidden, self.dropout, self.training, self.tensor), positions, *mask
 
 
 class Block(nn.Module):
@@ -89,10 +89,11 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, places: Tensor, *mask: Mask) -> State:
         """hidden [b, s, h], places[, mask] -> the same with the next hidden."""
-        attended = self.self_attention(self.input_layernorm(hidden), places, *mask)
-        hidden = hidden + _dropout(attended, self.dropout, self.training, self.tensor)
-        inner = self.mlp(self.post_attention_layernorm(hidden))
-        hidden = hidden + _dropout(inner, self.dropout, self.training, self.tensor)
+        hidden, normal = branch(self.input_layernorm, hidden)
+        attended = self.self_attention(normal, places, *mask)
+        hidden = add_dropped(hidden, attended, self.dropout, self.training, self.tensor)
+        hidden, normal = branch(self.post_attention_layernorm, hidden)
+        hidden = add_dropped(hidden, self.mlp(normal), self.dropout, self.training, self.tensor)
         return hidden, places, *mask
 
 
@@ -265,12 +266,3 @@ def initial_weight(
     whole = shape if cut is None else cut.whole_shape(shape)
     values = torch.empty(whole, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
     return values if cut is None else cut.part(values, tensor.rank, tensor.size)
-
-
-def _dropout(x: Tensor, probability: float, training: bool, tensor: TensorParallel) -> Tensor:
-    """Dropout of the residual stream: alike on ranks that hold the same tokens, independent on those that do not."""
-    if not training or probability == 0:
-        return x
-    if tensor.sequence_parallel:
-        return differs_by_rank(tensor, lambda: F.dropout(x, probability), x.device)
-    return F.dropout(x, probability)

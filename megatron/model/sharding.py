@@ -15,6 +15,7 @@ from megatron.model.attention import Attention
 from megatron.model.cross_entropy import Terms, chunk_terms
 from megatron.model.gpt import Block, Head, Reduction, State, named_parameters
 from megatron.model.rope import rotary_table
+from megatron.model.softmax import has_kernel, softmax_terms
 
 BLOCKS_IN_ONE_GRAPH = 12
 """Up to this many blocks are compiled as one graph: kernels join across blocks, and a small model waits less for Python
@@ -188,9 +189,12 @@ def describe_masks(model: Runs, device: torch.device, length: int, training: boo
 
 
 def _for_any_rows(compiled: Terms) -> Terms:
-    """``compiled``, told from its first call on that the number of rows will change: no other size compiles again."""
+    """The loss's own kernel where it has one, else ``compiled``, told from its first call on that the number of rows
+    will change: no other size compiles again."""
 
     def terms(logits: Tensor, targets: Tensor, weights: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        if has_kernel(logits):
+            return softmax_terms(logits, targets, weights, num_tokens)
         for tensor in (logits, targets, weights):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(logits, targets, weights, num_tokens)

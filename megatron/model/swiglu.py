@@ -52,7 +52,7 @@ def _gradient(inner: Tensor, grad: Tensor) -> Tensor:
 if TRITON:
 
     @triton.jit
-    def _gradient_kernel(inner, grad, out, width: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _swiglu_gradient_kernel(inner, grad, out, width: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
         """One row's columns ``program_id(1) * block`` and following, of both halves."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * block + tl.arange(0, block)
@@ -66,12 +66,12 @@ if TRITON:
         tl.store(out + gate_at + width, (g * gate * sigmoid).to(out.dtype.element_ty), inside)
 
     @torch.library.triton_op("megatron::swiglu_gradient", mutates_args=())
-    def _gradient_on_gpu(inner: Tensor, grad: Tensor) -> Tensor:
+    def _swiglu_gradient(inner: Tensor, grad: Tensor) -> Tensor:
         """What :func:`_gradient` computes."""
         inner, grad = inner.contiguous(), grad.contiguous()
         out = torch.empty_like(inner)
         width = grad.shape[-1]
         block = min(triton.next_power_of_2(width), 4096)
         grid = (grad.numel() // width, triton.cdiv(width, block))
-        torch.library.wrap_triton(_gradient_kernel)[grid](inner, grad, out, width, block, num_warps=8)
+        torch.library.wrap_triton(_swiglu_gradient_kernel)[grid](inner, grad, out, width, block, num_warps=8)
         return out
