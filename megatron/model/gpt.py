@@ -87,11 +87,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = build_norm(config, tensor)
         self.mlp = MLP(config, tensor)
 
-    def forward(self, hidden: Tensor, places: Tensor, *mask: Mask) -> State:
-        """hidden [b, s, h], places[, mask] -> the same with the next hidden."""
+    def forward(self, hidden: Tensor, places: Tensor, *mask: Mask, chosen: Tensor | None = None) -> State:
+        """hidden [b, s, h], places[, mask] -> the same with the next hidden.
+
+        With ``chosen`` [n] int64, distinct indices into b*s, that is [n, h], and the MLP computes these positions only:
+        for the last block, where others are not scored. Not with sequence parallelism.
+        """
         hidden, normal = branch(self.input_layernorm, hidden)
         attended = self.self_attention(normal, places, *mask)
         hidden = add_dropped(hidden, attended, self.dropout, self.training, self.tensor)
+        if chosen is not None:
+            hidden = choose_rows(hidden.flatten(0, 1), chosen)
         hidden, normal = branch(self.post_attention_layernorm, hidden)
         hidden = add_dropped(hidden, self.mlp(normal), self.dropout, self.training, self.tensor)
         return hidden, places, *mask
@@ -126,9 +132,10 @@ class Head(nn.Module):
                 scored: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
         """Loss, or logits when there are no targets.
 
-        hidden [b, s, h] first in ``state``; targets [b, s] int64; weights [b, s] fp32; scored [capacity] int64, indices
-        into b*s that hold every non-zero weight (None: all). Returns ``sum(nll * weights)`` as a scalar ("sum"), or its
-        sums over each row [b] without gradients ("rows"), fp32; or logits [b, s, V], -inf at ids that are no token.
+        hidden first in ``state``, [b, s, h] or already [capacity, h]; targets [b, s] int64; weights [b, s] fp32; scored
+        [capacity] int64, distinct indices into b*s that hold every non-zero weight (None: all). Returns
+        ``sum(nll * weights)`` as a scalar ("sum"), or its sums over each row [b] without gradients ("rows"), fp32; or
+        logits [b, s, V], -inf at ids that are no token.
         """
         hidden = state[0]
         if targets is None or weights is None:
@@ -139,19 +146,43 @@ class Head(nn.Module):
         batch, length = targets.shape
         # With sequence parallelism each rank has only its own tokens, of which others may be the scored ones.
         hidden = gather_rows(hidden, self.tensor.token_group)
-        rows = [hidden.reshape(batch * length, -1), targets.reshape(-1), weights.reshape(-1)]
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        targets, weights = targets.reshape(-1), weights.reshape(-1)
         if scored is not None:
-            rows = [x.index_select(0, scored) for x in rows]  # [capacity, ...]
+            targets, weights = targets.index_select(0, scored), weights.index_select(0, scored)
+            if len(hidden) == batch * length:
+                hidden = choose_rows(hidden, scored)
         if reduction == "sum":
             if not self.tensor.sequence_parallel:
-                rows[0] = copy_to_ranks(rows[0], self.tensor.group)
+                hidden = copy_to_ranks(hidden, self.tensor.group)
             return linear_cross_entropy(
-                rows[0], self.weight, rows[1], rows[2], self.num_tokens, self.terms, self.tensor
+                hidden, self.weight, targets, weights, self.num_tokens, self.terms, self.tensor
             )
-        terms = weighted_nll(rows[0], self.weight, rows[1], rows[2], self.num_tokens, self.tensor)
+        terms = weighted_nll(hidden, self.weight, targets, weights, self.num_tokens, self.tensor)
         if scored is not None:
             terms = terms.new_zeros(batch * length).index_copy_(0, scored, terms)
         return terms.view(batch, length).sum(dim=1)
+
+
+def choose_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x [n, h], distinct indices ``rows`` [m] int64 -> [m, h]."""
+    out: Tensor = _ChooseRows.apply(x, rows)
+    return out
+
+
+class _ChooseRows(torch.autograd.Function):
+    """``index_select``, whose own gradient would add up: here no two rows go to the same place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count, grad.shape[1]).index_copy(0, rows, grad), None
 
 
 class Recipe(NamedTuple):

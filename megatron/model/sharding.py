@@ -21,14 +21,15 @@ BLOCKS_IN_ONE_GRAPH = 12
 """Up to this many blocks are compiled as one graph: kernels join across blocks, and a small model waits less for Python
 (7M, three blocks: 17 % faster than one by one; 57M, nine: 3 %). Deeper models would wait longer for the compiler."""
 
-Runner = Callable[[Sequence[nn.Module], State], State]
-"""Applies consecutive layers."""
+Runner = Callable[[Sequence[nn.Module], State, Tensor | None], State]
+"""Applies consecutive layers, the last of them at chosen positions (see :class:`Block`) unless they are None."""
 
 
-def run_in_order(layers: Sequence[nn.Module], state: State) -> State:
-    """The state behind the last of ``layers``."""
+def run_in_order(layers: Sequence[nn.Module], state: State, chosen: Tensor | None = None) -> State:
+    """The state behind the last of ``layers``, a block if positions are ``chosen``."""
     for layer in layers:
-        state = layer(*state)
+        at_all = chosen is None or layer is not layers[-1]
+        state = layer(*state) if at_all else layer(*state, chosen=chosen)
     return state
 
 
@@ -59,7 +60,7 @@ class SequentialGPT(nn.Module):
         [b, 1, s, s] bool (see ``masks``); scored [capacity] int64 or None: the positions to compute the head at. fp32
         whatever the parameters' dtype.
         """
-        state = self._hidden(inputs, positions, attention_mask)
+        state = self._hidden(inputs, positions, attention_mask, scored)
         loss: Tensor = self.layers[-1](state, targets, weights, scored, reduction)
         return loss
 
@@ -68,20 +69,29 @@ class SequentialGPT(nn.Module):
         logits: Tensor = self.layers[-1](self._hidden(inputs, positions, attention_mask))
         return logits
 
-    def _hidden(self, inputs: Tensor, positions: Tensor, attention_mask: Tensor | None) -> State:
-        """Everything but the head: (final hidden [b, s, h], ...)."""
+    def _hidden(
+        self, inputs: Tensor, positions: Tensor, attention_mask: Tensor | None, scored: Tensor | None = None
+    ) -> State:
+        """Everything but the head: (final hidden [b, s, h], ...); [capacity, h] where that is all that is needed."""
         state = (inputs, positions) if attention_mask is None else (inputs, positions, attention_mask)
-        return run_layers(list(self.layers[:-1]), state, self.config, self.training, self.run_blocks)
+        return run_layers(list(self.layers[:-1]), state, self.config, self.training, self.run_blocks, scored)
 
 
 def run_layers(
-    layers: Sequence[nn.Module], state: State, config: ModelConfig, training: bool, run_blocks: Runner = run_in_order
+    layers: Sequence[nn.Module],
+    state: State,
+    config: ModelConfig,
+    training: bool,
+    run_blocks: Runner = run_in_order,
+    scored: Tensor | None = None,
 ) -> State:
     """Apply consecutive layers of the model, without the head: all of them, or those of a pipeline stage.
 
     Takes and returns positions as ``places``, and a mask as the batch has it. Recomputes activations as ``config``
     says, where ``--recompute-method block`` counts from the first block among ``layers``, as in Megatron.
-    ``run_blocks`` applies a run of blocks.
+    ``run_blocks`` applies a run of blocks. If the last block is the model's last one, it needs to compute its MLP at
+    the positions ``scored`` [capacity] only, and leaves hidden as [capacity, h]; with sequence parallelism it does not,
+    since each rank has tokens of its own.
     """
     positions, *masks = state[1:]
     blocks = [layer for layer in layers if isinstance(layer, Block)]
@@ -96,11 +106,14 @@ def run_layers(
         state = (*state[:2], attention.prepare_mask(masks[0], state[0].dtype))
     recompute = training and torch.is_grad_enabled()
     has_dropout = max(config.hidden_dropout, config.attention_dropout) > 0
+    if blocks and blocks[-1].tensor.sequence_parallel:
+        scored = None
     for run, recomputed in plan_recomputation(config, blocks):
+        chosen = scored if run[-1] is blocks[-1] else None
         if recompute and recomputed:
-            state = checkpoint(run_blocks, run, state, use_reentrant=False, preserve_rng_state=has_dropout)
+            state = checkpoint(run_blocks, run, state, chosen, use_reentrant=False, preserve_rng_state=has_dropout)
         else:
-            state = run_blocks(run, state)
+            state = run_blocks(run, state, chosen)
     state = run_in_order(layers[before + len(blocks) :], state)
     return state[0], positions, *masks
 
@@ -110,14 +123,17 @@ def plan_recomputation(config: ModelConfig, blocks: Sequence[nn.Module]) -> list
 
     ``--recompute-granularity full`` with method ``uniform``: runs of ``recompute_num_layers`` blocks, all recomputed
     (only the input of a run is kept); with ``block``: the first ``recompute_num_layers`` blocks, one by one, and the
-    rest not at all. ``selective`` is done inside the attention.
+    rest not at all. ``selective`` is done inside the attention. No run is empty.
     """
     if config.recompute is None or config.recompute[0] != "full":
-        return [(blocks, False)]
-    _, method, count = config.recompute
-    if method == "block":
-        return [([block], True) for block in blocks[:count]] + [(blocks[count:], False)]
-    return [(blocks[start : start + count], True) for start in range(0, len(blocks), count)]
+        plan = [(blocks, False)]
+    elif config.recompute[1] == "block":
+        count = config.recompute[2]
+        plan = [([block], True) for block in blocks[:count]] + [(blocks[count:], False)]
+    else:
+        count = config.recompute[2]
+        plan = [(blocks[start : start + count], True) for start in range(0, len(blocks), count)]
+    return [(run, recomputed) for run, recomputed in plan if run]
 
 
 def stage_bounds(num_blocks: int, stages: int) -> list[int]:
@@ -158,8 +174,9 @@ def compile_blocks(
 
     The blocks of a deep model share one graph of a single block, so that it compiles as fast as a shallow one; those of
     a shallow one (up to ``BLOCKS_IN_ONE_GRAPH``) form one graph together, unless whole blocks are recomputed or are to
-    be called ``one_by_one``, as ZeRO 3 needs. Shapes of blocks are static; the loss may see another number of rows in
-    each batch. Call it before DeepSpeed wraps the model: what it hooks to a block runs outside the compiled code.
+    be called ``one_by_one``, as ZeRO 3 needs. Shapes of blocks are static but for the number of scored positions: the
+    last block's MLP and the loss may see another one in each batch. Call it before DeepSpeed wraps the model: what it
+    hooks to a block runs outside the compiled code.
 
     ``memory_budget``, in 0 .. 1: of the bytes between keeping a block's inputs only (0) and all that its backward pass
     would read (1), the share that may be kept; the compiler recomputes what is cheapest for its size.
@@ -169,8 +186,9 @@ def compile_blocks(
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     recomputed = model.config.recompute is not None and model.config.recompute[0] == "full"
     if len(blocks) <= BLOCKS_IN_ONE_GRAPH and not recomputed and not one_by_one:
-        model.run_blocks = torch.compile(run_in_order, backend=backend, dynamic=False)
+        model.run_blocks = _with_any_rows(torch.compile(run_in_order, backend=backend, dynamic=False))
     else:
+        model.run_blocks = _with_any_rows(run_in_order)
         for block in blocks:
             block.forward = torch.compile(block.forward, backend=backend, dynamic=False)  # type: ignore[method-assign]
     make_block_mask = torch.compile(create_block_mask, backend=backend, dynamic=False)
@@ -178,7 +196,7 @@ def compile_blocks(
         block.self_attention.make_block_mask = make_block_mask
     for module in model.modules():
         if isinstance(module, Head):
-            module.terms = _for_any_rows(torch.compile(chunk_terms, backend=backend))
+            module.terms = _terms_of_any_rows(torch.compile(chunk_terms, backend=backend))
 
 
 def describe_masks(model: Runs, device: torch.device, length: int, training: bool) -> str:
@@ -188,9 +206,20 @@ def describe_masks(model: Runs, device: torch.device, length: int, training: boo
     return "FlexAttention" if obstacle is None else f"dense masks through SDPA ({obstacle})"
 
 
-def _for_any_rows(compiled: Terms) -> Terms:
-    """The loss's own kernel where it has one, else ``compiled``, told from its first call on that the number of rows
-    will change: no other size compiles again."""
+def _with_any_rows(runner: Runner) -> Runner:
+    """``runner``, whose compiled blocks are told from their first call on that the number of chosen positions will
+    change: no other size compiles again."""
+
+    def run_blocks(blocks: Sequence[nn.Module], state: State, chosen: Tensor | None = None) -> State:
+        if chosen is not None:
+            torch._dynamo.maybe_mark_dynamic(chosen, 0)
+        return runner(blocks, state, chosen)
+
+    return run_blocks
+
+
+def _terms_of_any_rows(compiled: Terms) -> Terms:
+    """The loss's own kernel where it has one, else ``compiled``, told as above."""
 
     def terms(logits: Tensor, targets: Tensor, weights: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         if has_kernel(logits):

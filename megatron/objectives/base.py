@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 CAPACITY_STEPS = 8
-"""``Batch.scored`` comes in this many sizes, so that a compiled model meets few shapes."""
+"""``Batch.scored`` comes in so many sizes at most, so that a compiled model meets few shapes."""
+
+MULTIPLE = 16
+"""Of which those sizes are multiples, unless all positions are scored: products in fp8 want that."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +121,16 @@ class Confinement:
         return follows
 
 
-def scored_positions(weighted: np.ndarray) -> Tensor | None:
-    """``Batch.scored`` for ``weighted`` [b, s] bool, True where the weight is not 0; None when that takes all
-    positions.
+def scored_positions(weighted: np.ndarray) -> Tensor:
+    """``Batch.scored`` for ``weighted`` [b, s] bool, True where the weight is not 0.
 
-    The size is the smallest multiple of ceil(b*s / 8) that holds them (at least one multiple); it is filled up with the
-    first positions of weight 0, which add exactly 0 to the loss and to its gradients.
+    The size is the smallest multiple of b*s / 8, itself rounded up to a multiple of 16, that holds them (at least one
+    multiple, at most b*s); it is filled up with the first positions of weight 0, which add exactly 0 to the loss and to
+    its gradients.
     """
     chosen = weighted.reshape(-1).copy()  # [b*s]
-    step = -(-chosen.size // CAPACITY_STEPS)
+    step = -(-chosen.size // (CAPACITY_STEPS * MULTIPLE)) * MULTIPLE
     needed = int(np.count_nonzero(chosen))
-    capacity = max(1, -(-needed // step)) * step
-    if capacity >= chosen.size:
-        return None
+    capacity = min(max(1, -(-needed // step)) * step, chosen.size)
     chosen[np.flatnonzero(~chosen)[: capacity - needed]] = True
     return torch.from_numpy(np.flatnonzero(chosen))

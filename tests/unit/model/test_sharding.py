@@ -71,6 +71,17 @@ def test_scored_positions_are_enough(make_model: Make, batch: Batch) -> None:
         torch.testing.assert_close(rows, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("changes", [{}, {"checkpoint_activations": True}], ids=["kept", "recomputed"])
+def test_the_last_mlp_sees_scored_positions_only(make_model: Make, batch: Batch, changes: dict[str, Any]) -> None:
+    model = make_model(False, **changes)
+    batch["weights"].view(-1)[24:] = 0
+    seen: list[int] = []
+    for layer in model.layers[1:3]:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // 32))
+    model(**batch, scored=torch.arange(24))
+    assert seen == [48, 24]
+
+
 RECOMPUTE: list[dict[str, Any]] = [
     {"checkpoint_activations": True},
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
@@ -112,15 +123,18 @@ def test_plan(make_model: Make) -> None:
 
 @pytest.mark.parametrize(("shallow", "together"), [(3, True), (2, False)], ids=["shallow", "deep"])
 @pytest.mark.parametrize("changes", [{}, RECOMPUTE[0], RECOMPUTE[3]], ids=["plain", "full", "selective"])
+@pytest.mark.parametrize("counts", [(), (48, 40, 24)], ids=["all", "scored"])
 def test_blocks_compile_to_one_graph(
     make_model: Make,
     batch: Batch,
     changes: dict[str, Any],
     shallow: int,
     together: bool,
+    counts: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All blocks are one compiled frame, or share one; later steps compile nothing, names and numbers stay."""
+    """All blocks are one compiled frame, or share one but for a last block that sees scored positions; later steps
+    compile nothing, names and numbers stay."""
     monkeypatch.setattr(sharding, "BLOCKS_IN_ONE_GRAPH", shallow)
     torch.compiler.reset()
     plain, model = make_model(num_layers=3, **changes), make_model(num_layers=3, **changes)
@@ -134,17 +148,15 @@ def test_blocks_compile_to_one_graph(
 
     compile_blocks(model, backend=record)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    for scored in (None, torch.arange(48), torch.arange(48)):
-        loss, expected = model(**batch, scored=scored), plain(**batch)
+    for count in counts or (48, 48):
+        batch["weights"].view(-1)[count:] = 0
+        loss, expected = model(**batch, scored=torch.arange(count) if counts else None), plain(**batch)
         torch.testing.assert_close(loss, expected)
         for gradient, wanted in zip(gradients(model, loss), gradients(plain, expected)):
             torch.testing.assert_close(gradient, wanted)
     whole = together and changes != RECOMPUTE[0]  # blocks that are recomputed whole are compiled one by one
-    assert graphs == [3 if whole else 1, 0]  # the blocks and the loss
-    for count in (40, 32, 24):
-        batch["weights"].view(-1)[count:] = 0
-        model(**batch, scored=torch.arange(count)).backward()
-    assert graphs[2:] == []  # the loss is compiled for any number of rows
+    blocks = [3] if whole else [1, 1] if counts else [1]
+    assert graphs == [*blocks, 0]  # and the loss, for any number of rows
     torch.compiler.reset()
 
 

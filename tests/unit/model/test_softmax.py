@@ -27,9 +27,10 @@ def test_which_logits_of_a_gpu_have_it() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "columns", "tokens"), [(700, 50264, 50258), (3, 40, 37), (5, 8192, 8192), (9, 8200, 8193)])
-def test_terms(dtype: torch.dtype, rows: int, columns: int, tokens: int) -> None:
+@pytest.mark.parametrize("shape", [(700, 50264, 50258), (3, 40, 37), (5, 8192, 8192), (9, 8200, 8193)])
+def test_terms(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """nll to fp32's precision; softmax * weight rounded once, 0 where there is no token; all in place of the logits."""
+    rows, columns, tokens = shape
     logits = (5 * torch.randn(rows, columns, device="cuda")).to(dtype)
     logits[0] += 1000  # exponentials of these overflow
     targets = torch.randint(tokens, (rows,), device="cuda")
@@ -38,9 +39,10 @@ def test_terms(dtype: torch.dtype, rows: int, columns: int, tokens: int) -> None
     exact_nll, exact = chunk_terms(logits.double(), targets, weights.double(), tokens)
     nll, found = softmax_terms(logits, targets, weights, tokens)
     assert found.data_ptr() == logits.data_ptr() and nll.dtype == torch.float32
-    torch.testing.assert_close(nll.double(), exact_nll, rtol=1e-5, atol=1e-3 if dtype == torch.float32 else 1e-4)
-    smallest = torch.finfo(dtype).smallest_normal
-    assert ((found.double() - exact).abs() <= (torch.finfo(dtype).eps / 2 + 2e-4) * exact + smallest).all()
+    torch.testing.assert_close(nll.double(), exact_nll, rtol=1e-5, atol=5e-4)
+    limit = torch.finfo(dtype)
+    smallest = max(limit.smallest_normal * limit.eps, torch.finfo(torch.float32).smallest_normal)
+    assert ((found.double() - exact).abs() <= (limit.eps / 2 + 5e-4) * exact + smallest).all()
     assert (found[:, tokens:] == 0).all() and (found[1] == 0).all()
 
 

@@ -58,16 +58,12 @@ def test_more_documents_than_a_byte_counts_stay_apart() -> None:
 @given(st.integers(1, 5), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_scored_positions_cover_all_weights_and_repeat_none(b: int, s: int, share: float, seed: int) -> None:
     weighted = np.random.default_rng(seed).random((b, s)) < share
-    scored = scored_positions(weighted)
+    indices = scored_positions(weighted).tolist()
     needed = set(np.flatnonzero(weighted).tolist())
-    step = -(-b * s // CAPACITY_STEPS)
-    if scored is None:
-        assert -(-len(needed) // step) * step >= b * s or step >= b * s
-        return
-    indices = scored.tolist()
     assert indices == sorted(set(indices)), "distinct and ascending"
     assert needed <= set(indices) <= set(range(b * s))
-    assert len(indices) % step == 0 and 0 <= len(indices) - len(needed) <= step
+    step = -(-b * s // (16 * CAPACITY_STEPS)) * 16
+    assert len(indices) == b * s or (len(indices) % step == 0 and 0 <= len(indices) - len(needed) <= step)
 
 
 def test_scored_positions_come_in_few_sizes() -> None:
@@ -75,8 +71,7 @@ def test_scored_positions_come_in_few_sizes() -> None:
     for count in range(4 * 32 + 1):
         weighted = np.zeros(4 * 32, dtype=bool)
         weighted[:count] = True
-        scored = scored_positions(weighted.reshape(4, 32))
-        sizes.add(128 if scored is None else len(scored))
+        sizes.add(len(scored_positions(weighted.reshape(4, 32))))
     assert sizes == {16, 32, 48, 64, 80, 96, 112, 128}
 
 

@@ -125,7 +125,7 @@ def test_a_row_without_masks_contributes_nothing(make_objective: MakeObjective, 
     assert 50 < empty.sum() < 150, "the test needs such rows (a third of them)"
     assert (batch.weights[empty] == 0).all() and torch.isfinite(batch.weights).all()
     alone = batch_of(objective, make_tokens, [int(empty.nonzero()[0])], s=2)
-    assert alone.weights.sum() == 0 and alone.scored is not None and len(alone.scored) == 1
+    assert alone.weights.sum() == 0 and alone.scored is not None and len(alone.scored) == 2
 
 
 # --- PITFALLS 3: left-to-right masking ---
@@ -376,11 +376,10 @@ def test_scored_positions_hold_the_whole_loss(
     batch = batch_of(objective, make_tokens, list(range(first, first + b)))
     nll = torch.rand(b, S, generator=torch.Generator().manual_seed(first)).double()
     whole = (nll * batch.weights).sum().item()
-    if batch.scored is not None:
-        flat = batch.weights.flatten()
-        assert len(batch.scored.unique()) == len(batch.scored) and len(batch.scored) % (b * S // 8) == 0
-        assert (nll.flatten()[batch.scored] * flat[batch.scored]).sum().item() == pytest.approx(whole, rel=1e-12)
-        assert set(flat.nonzero().flatten().tolist()) <= set(batch.scored.tolist())
+    flat, scored = batch.weights.flatten(), batch.scored
+    assert scored is not None and len(scored.unique()) == len(scored)
+    assert (nll.flatten()[scored] * flat[scored]).sum().item() == pytest.approx(whole, rel=1e-12)
+    assert set(flat.nonzero().flatten().tolist()) <= set(scored.tolist())
 
 
 def test_pitfall_5_the_mask_id_is_a_row_of_the_embedding() -> None:
