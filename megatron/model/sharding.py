@@ -14,8 +14,8 @@ from megatron.config import ModelConfig
 from megatron.model.attention import Attention
 from megatron.model.cross_entropy import Terms, chunk_terms
 from megatron.model.gpt import Block, Head, Reduction, State, named_parameters
+from megatron.model.kernels import has_softmax_terms, softmax_terms
 from megatron.model.rope import rotary_table
-from megatron.model.softmax import has_kernel, softmax_terms
 
 BLOCKS_IN_ONE_GRAPH = 12
 """Up to this many blocks are compiled as one graph: kernels join across blocks, and a small model waits less for Python
@@ -222,7 +222,7 @@ def _terms_of_any_rows(compiled: Terms) -> Terms:
     """The loss's own kernel where it has one, else ``compiled``, told as above."""
 
     def terms(logits: Tensor, targets: Tensor, weights: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        if has_kernel(logits):
+        if has_softmax_terms(logits):
             return softmax_terms(logits, targets, weights, num_tokens)
         for tensor in (logits, targets, weights):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CAPACITY_STEPS = 8
-"""``Batch.scored`` comes in so many sizes at most, so that a compiled model meets few shapes."""
+CAPACITY_STEPS = 64
+"""``Batch.scored`` comes in so many sizes at most: libraries choose a kernel, and keep memory, for each."""
 
 MULTIPLE = 16
 """Of which those sizes are multiples, unless all positions are scored: products in fp8 want that."""
@@ -49,7 +49,7 @@ class Batch:
     query (dim 2) may attend to the key (dim 3); such a mask leaves out the future itself, if it has to."""
     scored: Tensor | None = None
     """[capacity] int64, ascending and distinct indices into b*s: all positions with weight != 0, filled up with
-    positions of weight 0 to one of eight sizes. Known on the CPU, so that the GPU never waits to learn a shape. None:
+    positions of weight 0 to one of 64 sizes. Known on the CPU, so that the GPU never waits to learn a shape. None:
     all positions."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -124,7 +124,7 @@ class Confinement:
 def scored_positions(weighted: np.ndarray) -> Tensor:
     """``Batch.scored`` for ``weighted`` [b, s] bool, True where the weight is not 0.
 
-    The size is the smallest multiple of b*s / 8, itself rounded up to a multiple of 16, that holds them (at least one
+    The size is the smallest multiple of b*s / 64, itself rounded up to a multiple of 16, that holds them (at least one
     multiple, at most b*s); it is filled up with the first positions of weight 0, which add exactly 0 to the loss and to
     its gradients.
     """

@@ -56,15 +56,14 @@ def test_the_kernel_rounds_once(dtype: torch.dtype, shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_code_uses_the_kernel(dtype: torch.dtype) -> None:
+def test_compiled_code_uses_the_kernel() -> None:
     torch.compiler.reset()
-    norm = nn.RMSNorm(96, EPS).to("cuda", dtype)
-    hidden, kept, normal = (torch.randn(4, 50, 96, device="cuda").to(dtype) for _ in range(3))
+    norm = nn.RMSNorm(96, EPS).to("cuda", torch.bfloat16)
+    hidden, kept, normal = (torch.randn(4, 50, 96, device="cuda").bfloat16() for _ in range(3))
     hidden.requires_grad_()
-    results = torch.compile(branch, fullgraph=True)(norm, hidden)
-    torch.testing.assert_close(results, branch(norm, hidden))
-    found = torch.autograd.grad(results, (hidden, norm.weight), (kept, normal))
-    direct, parts = torch.ops.megatron.branch_gradient(hidden.detach(), norm.weight.detach(), kept, normal, EPS)
-    assert torch.equal(found[0], direct)
-    torch.testing.assert_close(found[1], parts.sum(dim=0).to(dtype))
+    found, plain = ([*results, *torch.autograd.grad(results, (hidden, norm.weight), (kept, normal))]
+                    for results in (torch.compile(branch, fullgraph=True)(norm, hidden), branch(norm, hidden)))
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other)
+    direct, _ = torch.ops.megatron.branch_gradient(hidden.detach(), norm.weight.detach(), kept, normal, EPS)
+    assert torch.equal(found[2], direct) and not torch.equal(plain[2], direct), "PyTorch rounds in between"

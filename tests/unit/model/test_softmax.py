@@ -10,19 +10,20 @@ from torch import Tensor
 
 from megatron.model import sharding
 from megatron.model.cross_entropy import chunk_terms, linear_cross_entropy
+from megatron.model.kernels import has_softmax_terms, softmax_terms
 from megatron.model.sharding import SequentialGPT, compile_blocks
-from megatron.model.softmax import has_kernel, softmax_terms
 
 
 def test_which_logits_have_it() -> None:
-    assert not has_kernel(torch.zeros(2, 16))  # on a CPU
+    assert not has_softmax_terms(torch.zeros(2, 16))  # on a CPU
 
 
 @pytest.mark.gpu
 def test_which_logits_of_a_gpu_have_it() -> None:
     logits = torch.zeros(4, 16, device="cuda")
-    assert has_kernel(logits) and has_kernel(logits.half())
-    assert not has_kernel(logits.double()) and not has_kernel(logits[:, :9].clone()) and not has_kernel(logits[:, :8])
+    assert has_softmax_terms(logits) and has_softmax_terms(logits.half())
+    for other in (logits.double(), logits[:, :9].clone(), logits[:, :8]):
+        assert not has_softmax_terms(other)
 
 
 @pytest.mark.gpu

@@ -66,13 +66,15 @@ def test_scored_positions_cover_all_weights_and_repeat_none(b: int, s: int, shar
     assert len(indices) == b * s or (len(indices) % step == 0 and 0 <= len(indices) - len(needed) <= step)
 
 
-def test_scored_positions_come_in_few_sizes() -> None:
+@pytest.mark.parametrize(("s", "step"), [(16, 16), (512, 32), (544, 48)])
+def test_scored_positions_come_in_few_sizes(s: int, step: int) -> None:
+    """Multiples of a 64th of 4 x s, which are multiples of 16, and all."""
     sizes = set()
-    for count in range(4 * 32 + 1):
-        weighted = np.zeros(4 * 32, dtype=bool)
+    for count in range(4 * s + 1):
+        weighted = np.zeros(4 * s, dtype=bool)
         weighted[:count] = True
-        sizes.add(len(scored_positions(weighted.reshape(4, 32))))
-    assert sizes == {16, 32, 48, 64, 80, 96, 112, 128}
+        sizes.add(len(scored_positions(weighted.reshape(4, s))))
+    assert sizes == {*range(step, 4 * s, step), 4 * s} and len(sizes) <= 64
 
 
 def a_batch(**changes: Any) -> Batch:
