@@ -135,8 +135,8 @@ def _activations(model: ModelConfig, split: Split, blocks: int, tokens: int, in_
         # Products read rounded copies, which compiled code makes again out of the MLP's first product and, where no
         # collective is in between, of the norms' inputs.
         kept -= model.ffn_size / split.tensor + (2 * stream if split.tensor == 1 else 0)
-    if model.hidden_dropout > 0:
-        kept += 2 * stream / width  # a byte a number: the masks
+    if model.hidden_dropout > 0 and split.tensor > 1:
+        kept += 2 * stream / width  # a byte a number: the masks, which compiled code draws again if the layer is whole
     plan = model.recompute
     if plan is None or plan[0] == "selective":
         held, working = blocks * kept, 0.0

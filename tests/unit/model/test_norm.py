@@ -64,6 +64,6 @@ def test_compiled_code_uses_the_kernel() -> None:
     found, plain = ([*results, *torch.autograd.grad(results, (hidden, norm.weight), (kept, normal))]
                     for results in (torch.compile(branch, fullgraph=True)(norm, hidden), branch(norm, hidden)))
     for one, other in zip(found, plain, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=5e-2)  # PyTorch rounds what it then adds
     direct, _ = torch.ops.megatron.branch_gradient(hidden.detach(), norm.weight.detach(), kept, normal, EPS)
-    assert torch.equal(found[2], direct) and not torch.equal(plain[2], direct), "PyTorch rounds in between"
+    assert torch.equal(found[2], direct) and not torch.equal(plain[2], direct)
