@@ -36,6 +36,7 @@ class PipelinedEngine(Engine):
 
     def __init__(self, model: PipelinedGPT, config: RunConfig, topology: Topology, global_batch_size: int) -> None:
         super().__init__(model, config, topology, global_batch_size)
+        self._stage = model
         self._trained_last = True  # the last call was train_batch
 
     def train_batch(self, batches: Iterator[Batch], micro_batches: int, learning_rate: float) -> StepResult:
@@ -45,7 +46,7 @@ class PipelinedEngine(Engine):
         """
         self._prepare_step(micro_batches, learning_rate)
         self._expect_shapes_of(training=True)
-        feed = _Feed(batches, self.topology)
+        feed = _Feed(batches, self.topology, self._stage)
         engine = self._engine
         with quiet():
             engine.train_batch(iter(feed))
@@ -58,10 +59,9 @@ class PipelinedEngine(Engine):
         self._expect_shapes_of(training=False)
         engine = self._engine
         engine.total_loss = None  # what it sums over a call has another shape here than in training
+        feed = iter(_Feed(batches, self.topology, self._stage))
         with quiet():
-            rows = engine.eval_batch(
-                iter(_Feed(batches, self.topology)), reduce_output=None, bcast_loss=False, num_micro_batches=count
-            )
+            rows = engine.eval_batch(feed, reduce_output=None, bcast_loss=False, num_micro_batches=count)
         return rows or []
 
     def _expect_shapes_of(self, training: bool) -> None:
@@ -72,11 +72,17 @@ class PipelinedEngine(Engine):
 
 
 class _Feed:
-    """Batches in the form of DeepSpeed's pipeline: (what the first stage reads, what the last one compares with)."""
+    """Batches in the form of DeepSpeed's pipeline: (what the first stage reads, what the last one compares with).
 
-    def __init__(self, batches: Iterator[Batch], topology: Topology) -> None:
+    DeepSpeed runs a stage before it hands over what to compare with. But it asks for a batch right before it runs the
+    last stage on it (in its schedules for training and for inference, a ``LoadMicroBatch`` stands before each
+    ``ForwardPass`` there), so the stage is told then what is scored.
+    """
+
+    def __init__(self, batches: Iterator[Batch], topology: Topology, model: PipelinedGPT) -> None:
         self._batches = batches
         self._topology = topology
+        self._model = model
         self.counted: list[Tensor] = []
         self.sample_ids: list[Tensor] = []
 
@@ -85,9 +91,12 @@ class _Feed:
         for batch in self._batches:
             self.counted.append(batch.counted.sum() / batch.targets.numel())
             self.sample_ids.append(batch.sample_ids)
-            read = (batch.inputs, batch.positions, batch.attention_mask)
-            compared = (batch.targets, batch.weights, batch.scored)
-            yield (self._sent(read), ()) if first else ((), self._sent(compared))
+            if first:
+                yield self._sent((batch.inputs, batch.positions, batch.attention_mask)), ()
+            else:
+                compared = self._sent((batch.targets, batch.weights, batch.scored))
+                self._model.scored = None if batch.scored is None else compared[-1]
+                yield (), compared
 
     def _sent(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Those that there are, on this rank's device."""

@@ -1,9 +1,9 @@
 """The list of layers over pipeline stages: DeepSpeed's PipelineModule of it. The only model file that knows DeepSpeed.
 
 What travels between stages is the layers' own state: hidden, positions, and the attention mask where there is one. The
-first stage is fed inputs, positions and mask; the last one targets, weights and scored positions, and computes the head
-where it needs the loss, so that logits of unscored positions exist here as little as in one process. Both load the same
-batch, because noise is a pure function of the sample.
+first stage is fed inputs, positions and mask; the last one targets, weights and scored positions, and computes its last
+MLP at these and the head where it needs the loss, so that nothing of unscored positions exists here that does not in
+one process. Both load the same batch, because noise is a pure function of the sample.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class PipelinedGPT(PipelineModule):
     def __init__(self, layers: Sequence[Recipe], config: ModelConfig, topology: Topology) -> None:
         self.config = config
         self.run_blocks: Runner = run_in_order
+        self.scored: Tensor | None = None
+        """On the last stage: ``Batch.scored`` of the batch that it runs on next."""
         grid = topology.grid
         with topology.device:
             super().__init__(
@@ -60,7 +62,7 @@ class PipelinedGPT(PipelineModule):
     def forward(self, state: State) -> State:
         """What the previous stage sent (or inputs, positions[, mask]) -> what the next stage, or the head, reads."""
         body = [layer for layer in self.layers if not isinstance(layer, Head)]
-        return run_layers(body, state, self.config, self.training, self.run_blocks)
+        return run_layers(body, state, self.config, self.training, self.run_blocks, self.scored)
 
     def loss(self, state: State, labels: tuple[Tensor, ...]) -> Tensor:
         """On the last stage: ``sum(nll * weights)``, a scalar; in evaluation its sums over rows [b].
