@@ -36,7 +36,6 @@ class PipelinedEngine(Engine):
 
     def __init__(self, model: PipelinedGPT, config: RunConfig, topology: Topology, global_batch_size: int) -> None:
         super().__init__(model, config, topology, global_batch_size)
-        self._stage = model
         self._trained_last = True  # the last call was train_batch
 
     def train_batch(self, batches: Iterator[Batch], micro_batches: int, learning_rate: float) -> StepResult:
@@ -46,7 +45,7 @@ class PipelinedEngine(Engine):
         """
         self._prepare_step(micro_batches, learning_rate)
         self._expect_shapes_of(training=True)
-        feed = _Feed(batches, self.topology, self._stage)
+        feed = _Feed(batches, self.topology, self._engine.module)
         engine = self._engine
         with quiet():
             engine.train_batch(iter(feed))
@@ -59,7 +58,7 @@ class PipelinedEngine(Engine):
         self._expect_shapes_of(training=False)
         engine = self._engine
         engine.total_loss = None  # what it sums over a call has another shape here than in training
-        feed = iter(_Feed(batches, self.topology, self._stage))
+        feed = iter(_Feed(batches, self.topology, self._engine.module))
         with quiet():
             rows = engine.eval_batch(feed, reduce_output=None, bcast_loss=False, num_micro_batches=count)
         return rows or []
@@ -75,8 +74,8 @@ class _Feed:
     """Batches in the form of DeepSpeed's pipeline: (what the first stage reads, what the last one compares with).
 
     DeepSpeed runs a stage before it hands over what to compare with. But it asks for a batch right before it runs the
-    last stage on it (in its schedules for training and for inference, a ``LoadMicroBatch`` stands before each
-    ``ForwardPass`` there), so the stage is told then what is scored.
+    last stage on it and takes the loss (in its schedules for training and for inference, a ``LoadMicroBatch`` stands
+    before each ``ForwardPass`` there), so the stage is told then what is scored.
     """
 
     def __init__(self, batches: Iterator[Batch], topology: Topology, model: PipelinedGPT) -> None:
@@ -94,9 +93,8 @@ class _Feed:
             if first:
                 yield self._sent((batch.inputs, batch.positions, batch.attention_mask)), ()
             else:
-                compared = self._sent((batch.targets, batch.weights, batch.scored))
-                self._model.scored = None if batch.scored is None else compared[-1]
-                yield (), compared
+                self._model.scored = None if batch.scored is None else self._sent((batch.scored,))[0]
+                yield (), self._sent((batch.targets, batch.weights))
 
     def _sent(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Those that there are, on this rank's device."""

@@ -30,7 +30,7 @@ class PipelinedGPT(PipelineModule):
         self.config = config
         self.run_blocks: Runner = run_in_order
         self.scored: Tensor | None = None
-        """On the last stage: ``Batch.scored`` of the batch that it runs on next."""
+        """On the last stage: ``Batch.scored`` of the batch at hand, which whoever feeds it sets."""
         grid = topology.grid
         with topology.device:
             super().__init__(
@@ -67,12 +67,10 @@ class PipelinedGPT(PipelineModule):
     def loss(self, state: State, labels: tuple[Tensor, ...]) -> Tensor:
         """On the last stage: ``sum(nll * weights)``, a scalar; in evaluation its sums over rows [b].
 
-        ``labels`` are targets [b, s] int64, weights [b, s] fp32, and scored [capacity] int64 where not all positions
-        are.
+        ``labels`` are targets [b, s] int64 and weights [b, s] fp32.
         """
-        targets, weights, *scored = labels
-        chosen = scored[0] if scored else None
-        loss: Tensor = self.layers[-1](state, targets, weights, chosen, "sum" if self.training else "rows")
+        targets, weights = labels
+        loss: Tensor = self.layers[-1](state, targets, weights, self.scored, "sum" if self.training else "rows")
         return loss
 
 

@@ -109,7 +109,7 @@ def run_layers(
     if blocks and blocks[-1].tensor.sequence_parallel:
         scored = None
     for run, recomputed in plan_recomputation(config, blocks):
-        chosen = scored if run[-1] is blocks[-1] else None
+        chosen = scored if run[-1:] == blocks[-1:] else None
         if recompute and recomputed:
             state = checkpoint(run_blocks, run, state, chosen, use_reentrant=False, preserve_rng_state=has_dropout)
         else:
@@ -123,17 +123,14 @@ def plan_recomputation(config: ModelConfig, blocks: Sequence[nn.Module]) -> list
 
     ``--recompute-granularity full`` with method ``uniform``: runs of ``recompute_num_layers`` blocks, all recomputed
     (only the input of a run is kept); with ``block``: the first ``recompute_num_layers`` blocks, one by one, and the
-    rest not at all. ``selective`` is done inside the attention. No run is empty.
+    rest not at all. ``selective`` is done inside the attention.
     """
     if config.recompute is None or config.recompute[0] != "full":
-        plan = [(blocks, False)]
-    elif config.recompute[1] == "block":
-        count = config.recompute[2]
-        plan = [([block], True) for block in blocks[:count]] + [(blocks[count:], False)]
-    else:
-        count = config.recompute[2]
-        plan = [(blocks[start : start + count], True) for start in range(0, len(blocks), count)]
-    return [(run, recomputed) for run, recomputed in plan if run]
+        return [(blocks, False)]
+    _, method, count = config.recompute
+    if method == "block":
+        return [([block], True) for block in blocks[:count]] + [(blocks[count:], False)]
+    return [(blocks[start : start + count], True) for start in range(0, len(blocks), count)]
 
 
 def stage_bounds(num_blocks: int, stages: int) -> list[int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
-from megatron.model.rope import rotary_table, rotate, split_heads
+from megatron.model.rope import Heads, rotary_table, rotate, split_heads
 
 
 def test_rotation_is_a_complex_product() -> None:
@@ -62,8 +64,7 @@ def test_compiled_gradient(dtype: torch.dtype, counts: tuple[int, int], size: in
     table = rotary_table(torch.randint(2048, (2, 50), device="cuda"), size, 10000.0)
     grads = [torch.randn(2, n, 50, size, device="cuda").to(dtype).transpose(1, 2) for n in (query, key, key)]
 
-    def gradient(heads: Tensor, function: object, table: Tensor) -> tuple[Tensor, ...]:
-        assert callable(function)
+    def gradient(heads: Tensor, function: Callable[..., Heads], table: Tensor) -> tuple[Tensor, ...]:
         results = function(heads, counts, table)
         wide = [grad.to(heads.dtype) for grad in grads]
         return *(x.detach() for x in results), *torch.autograd.grad(results, heads, wide)

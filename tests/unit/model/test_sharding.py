@@ -71,7 +71,10 @@ def test_scored_positions_are_enough(make_model: Make, batch: Batch) -> None:
         torch.testing.assert_close(rows, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpoint_activations": True}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("changes", [
+    {}, {"checkpoint_activations": True},
+    {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+], ids=["kept", "recomputed", "block"])
 def test_the_last_mlp_sees_scored_positions_only(make_model: Make, batch: Batch, changes: dict[str, Any]) -> None:
     model = make_model(False, **changes)
     batch["weights"].view(-1)[24:] = 0

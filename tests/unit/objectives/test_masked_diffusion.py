@@ -378,6 +378,7 @@ def test_scored_positions_hold_the_whole_loss(
     whole = (nll * batch.weights).sum().item()
     flat, scored = batch.weights.flatten(), batch.scored
     assert scored is not None and len(scored.unique()) == len(scored)
+    assert len(scored) % 16 == 0 or len(scored) == b * S
     assert (nll.flatten()[scored] * flat[scored]).sum().item() == pytest.approx(whole, rel=1e-12)
     assert set(flat.nonzero().flatten().tolist()) <= set(scored.tolist())
 
