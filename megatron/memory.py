@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron.config import ModelConfig
+from megatron.distributed.collectives import Ranks
 from megatron.distributed.tensor_parallel import TensorParallel
 from megatron.model.cross_entropy import MAX_CHUNK_ELEMENTS
 from megatron.model.gpt import recipes
@@ -89,8 +90,8 @@ def estimate(
 
 def _layer_parameters(model: ModelConfig, tensor: int, vocabulary: int) -> list[int]:
     """Parameters that a tensor-parallel rank has of each layer, the head counted as if it were not tied."""
-    ranks = TensorParallel(size=tensor, rank=0, group=object() if tensor > 1 else None)
-    layers = recipes(model, vocabulary, vocabulary, True, ranks)
+    part = TensorParallel(size=tensor, rank=0, ranks=Ranks("no group", tensor) if tensor > 1 else None)
+    layers = recipes(model, vocabulary, vocabulary, True, part)
     with torch.device("meta"):
         different = [layers[0].build(), layers[1].build(), layers[-2].build(), layers[-1].build()]
     embedding, block, norm, head = (sum(p.numel() for p in layer.parameters()) for layer in different)

@@ -1,6 +1,6 @@
 """Every way to divide a run has the curve of one process: ``tools/benchmark.py parallel``, on GPUs over NCCL.
 
-Small models, the real entry points under torchrun, dropout off, nothing compiled. What differs is the order of sums:
+Small models, the real entry points under torchrun, dropout off, compiled or not. What differs is the order of sums:
 in fp32 by rounding, in bf16 in the third or fourth digit.
 """
 
@@ -36,6 +36,8 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small-batch", nargs=2, type=int, default=(2, 16), metavar=("MICRO", "GLOBAL"),
                         help="its micro-batch and global batch [2 16]")
     parser.add_argument("--curve-steps", type=int, default=20, help="steps that are compared [20]")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the parity runs, as training on GPUs does [they are not compiled]")
 
 
 def small_flags(arguments: argparse.Namespace, directory: Path) -> list[str]:
@@ -92,7 +94,8 @@ def measure_parity(
         home = directory / "-".join((*kind, mode.name))
         home.mkdir()
         flags = [
-            *small_flags(arguments, directory), *mode.arguments(home, divide_all=True), "--no-compile",
+            *small_flags(arguments, directory), *mode.arguments(home, divide_all=True),
+            "--compile" if arguments.compile else "--no-compile",
             "--train-iters", str(arguments.curve_steps), "--metrics-file", str(home / "metrics.jsonl"),
             *([] if precision == "fp32" else [f"--{precision}"]),
         ]  # fmt: skip

@@ -82,9 +82,7 @@ class _Fp8Linear(torch.autograd.Function):
         y = _multiply(
             quantize(rows, scales[0], FORWARD), quantize(weight, scales[1], FORWARD).t(), *scales, fast=True
         )  # [n, out]
-        # No view: tensor-parallel ranks add up what they got in place.
-        out: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
-        return out
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.distributed.collectives import copy_to_ranks, gathered_linear, sum_and_scatter_rows, sum_over_ranks
+from megatron.distributed.collectives import (
+    Ranks,
+    copy_to_ranks,
+    gathered_linear,
+    sum_and_scatter_rows,
+    sum_over_ranks,
+)
 from megatron.distributed.fp8 import fp8_linear
-from megatron.distributed.topology import Group, Topology
+from megatron.distributed.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,13 @@ class TensorParallel:
 
     size: int = 1
     rank: int = 0
-    group: Group = None
+    ranks: Ranks | None = None
     sequence_parallel: bool = False
 
     @property
-    def token_group(self) -> Group:
-        """The group over which tokens are divided; None where they are not."""
-        return self.group if self.sequence_parallel else None
+    def token_ranks(self) -> Ranks | None:
+        """The ranks over which tokens are divided; None where they are not."""
+        return self.ranks if self.sequence_parallel else None
 
     def share(self, total: int) -> int:
         """``total`` / size, which must be whole."""
@@ -59,9 +65,9 @@ def tensor_parallel(topology: Topology, sequence_parallel: bool) -> TensorParall
     """What the layers of this process need to know of ``topology``."""
     if topology.tensor_parallel_size == 1:
         return ALONE
-    return TensorParallel(
-        topology.tensor_parallel_size, topology.tensor_parallel_rank, topology.tensor_group, sequence_parallel
-    )
+    size = topology.tensor_parallel_size
+    ranks = Ranks(topology.tensor_group.group_name, size)
+    return TensorParallel(size, topology.tensor_parallel_rank, ranks, sequence_parallel)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -77,10 +83,11 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in], the same on every rank -> [..., out / size]; with sequence parallelism, [own tokens, in] ->
         [b * s, out / size]."""
-        if self.tensor.sequence_parallel:
-            y = gathered_linear(x, self.weight, self.tensor.group)
+        ranks = self.tensor.token_ranks
+        if ranks is not None:
+            y = gathered_linear(x, self.weight, ranks)
             return y if self.bias is None else y + self.bias
-        return _linear(self, copy_to_ranks(x, self.tensor.group), self.bias)
+        return _linear(self, copy_to_ranks(x, self.tensor.ranks), self.bias)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -99,10 +106,10 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in / size] -> [..., out], the same on every rank; with sequence parallelism -> [own tokens, out]."""
-        if self.tensor.group is None:
+        if self.tensor.ranks is None:
             return _linear(self, x, self.bias)
         y = reduce_to_residual(_linear(self, x, None), self.tensor)
-        return y if self.bias is None else y + copy_to_ranks(self.bias, self.tensor.token_group)
+        return y if self.bias is None else y + copy_to_ranks(self.bias, self.tensor.token_ranks)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -119,7 +126,7 @@ class VocabularyParallelEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [b, s] int64 -> [b, s, h]; with sequence parallelism [own tokens, h]."""
-        if self.tensor.group is None:
+        if self.tensor.ranks is None:
             return F.embedding(ids, self.weight)
         rows = len(self.weight)
         local = ids - self.tensor.rank * rows
@@ -140,7 +147,7 @@ class PositionEmbedding(nn.Module):
         """positions [b, s] int64 -> [b, s, h]; with sequence parallelism [own tokens, h]."""
         if self.tensor.sequence_parallel:
             positions = self.tensor.own_tokens(positions)
-        return F.embedding(positions, copy_to_ranks(self.weight, self.tensor.token_group))
+        return F.embedding(positions, copy_to_ranks(self.weight, self.tensor.token_ranks))
 
 
 class TokenParallelLayerNorm(nn.LayerNorm):
@@ -152,7 +159,7 @@ class TokenParallelLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [own tokens, h] -> the same, normalised."""
-        weight, bias = (copy_to_ranks(p, self.tensor.token_group) for p in (self.weight, self.bias))
+        weight, bias = (copy_to_ranks(p, self.tensor.token_ranks) for p in (self.weight, self.bias))
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
@@ -169,14 +176,14 @@ class TokenParallelRMSNorm(nn.RMSNorm):
 
     def gain(self) -> Tensor:
         """The gain [h], of which every rank gets the gradient of all tokens."""
-        return copy_to_ranks(self.weight, self.tensor.token_group)
+        return copy_to_ranks(self.weight, self.tensor.token_ranks)
 
 
 def reduce_to_residual(partial: Tensor, tensor: TensorParallel) -> Tensor:
     """Sum the ranks' ``partial`` [..., h] into the form of the residual stream: whole, or [own tokens, h]."""
     if tensor.sequence_parallel:
-        return sum_and_scatter_rows(partial.flatten(0, -2), tensor.group)
-    return sum_over_ranks(partial, tensor.group)
+        return sum_and_scatter_rows(partial.flatten(0, -2), tensor.ranks)
+    return sum_over_ranks(partial, tensor.ranks)
 
 
 def differs_by_rank(tensor: TensorParallel, draw: Callable[[], Tensor], device: torch.device) -> Tensor:
@@ -186,7 +193,7 @@ def differs_by_rank(tensor: TensorParallel, draw: Callable[[], Tensor], device: 
     draw the same. The generator for the former is seeded by a number from the latter: nothing is stored beside torch's
     own generators, so recomputation and resumption, which restore those, restore these.
     """
-    if tensor.group is None:
+    if tensor.ranks is None:
         return draw()
     return _with_own_generator(tensor, draw, device)
 

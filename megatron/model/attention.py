@@ -108,7 +108,7 @@ class Attention(nn.Module):
         query, shares = projected.split((self.num_heads * self.head_size, 2 * self.kv_features), dim=-1)
         batch, length = query.shape[:2]
         own = shares.reshape(1, batch, length, 2, self.kv_features)
-        every = gather_rows(own, self.tensor.group)  # [ranks, b, s, 2, share of kv d]
+        every = gather_rows(own, self.tensor.ranks)  # [ranks, b, s, 2, share of kv d]
         heads = every.permute(1, 2, 3, 0, 4).reshape(batch, length, 2, -1, self.head_size)  # [b, s, 2, kv, d]
         first = self.tensor.rank * self.num_heads
         needed = torch.arange(first, first + self.num_heads, device=heads.device) // self.group_size  # [q]

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.distributed.collectives import Ranks, all_reduce
 from megatron.distributed.tensor_parallel import ALONE, TensorParallel
 
 MAX_CHUNK_ELEMENTS = 2**28
@@ -48,7 +48,7 @@ def chunk_terms(logits: Tensor, targets: Tensor, weights: Tensor, num_tokens: in
 class _Vocabulary:
     """This rank's part of the vocabulary: local ids 0 .. ``tokens - 1`` are tokens, ``columns`` are multiplied."""
 
-    tensor: TensorParallel
+    ranks: Ranks | None
     first: int
     tokens: int
     columns: int
@@ -59,7 +59,8 @@ class _Vocabulary:
         first = tensor.rank * rows
         # Rows that are worth multiplying: all tokens, and padding up to the 16 bytes that fast products want. As many
         # on every rank (the first has the most), since all must cut the same chunks.
-        return _Vocabulary(tensor, first, max(0, min(rows, num_tokens - first)), min(rows, -(-num_tokens // 8) * 8))
+        columns = min(rows, -(-num_tokens // 8) * 8)
+        return _Vocabulary(tensor.ranks, first, max(0, min(rows, num_tokens - first)), columns)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, num_tokens: int,
@@ -85,8 +86,8 @@ def weighted_nll(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tenso
     parts = []
     for rows in _chunks(len(hidden), own.columns):
         logits = hidden[rows] @ weight[: own.columns].t()
-        if tensor.size > 1:
-            parts.append(_nll_over_ranks(logits.to(exact), targets[rows] - own.first, own)[0])
+        if own.ranks is not None:
+            parts.append(_nll_over_ranks(logits.to(exact), targets[rows] - own.first, own, own.ranks)[0])
             continue
         logits[:, num_tokens:] = -torch.inf
         normalizer = logits.to(exact).logsumexp(dim=-1)
@@ -94,20 +95,20 @@ def weighted_nll(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tenso
     return _weigh(torch.cat(parts), weights.to(exact))
 
 
-def _nll_over_ranks(logits: Tensor, targets: Tensor, own: _Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
+def _nll_over_ranks(
+    logits: Tensor, targets: Tensor, own: _Vocabulary, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy from this rank's logits [n, c] (overwritten by their exponentials) and local target ids [n].
 
     Returns nll [n], exp(logits - m) [n, c] and its sum over the whole vocabulary [n]; m is the row's largest logit.
     """
     logits[:, own.tokens :] = -torch.inf
-    top = logits.amax(dim=-1)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=own.tensor.group)
+    top = all_reduce(logits.amax(dim=-1), ranks, "max")
     logits -= top.unsqueeze(1)
     inside, index = _inside(targets, own)
     target = torch.where(inside, logits.gather(1, index).squeeze(1), 0.0)
     exponentials = logits.exp_()
-    sums = torch.stack((exponentials.sum(dim=-1), target))  # [2, n]
-    dist.all_reduce(sums, group=own.tensor.group)
+    sums = all_reduce(torch.stack((exponentials.sum(dim=-1), target)), ranks)  # [2, n]
     return sums[0].log() - sums[1], exponentials, sums[0]
 
 
@@ -138,8 +139,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         for rows in _chunks(len(hidden), own.columns):
             chunk, target, share = hidden[rows], targets[rows], weights[rows]
-            if tensor.size > 1:
-                nll, grad_logits = _terms_over_ranks(chunk @ head.t(), target - own.first, share, own)
+            if own.ranks is not None:
+                logits = chunk @ head.t()
+                nll, grad_logits = _terms_over_ranks(logits, target - own.first, share, own, own.ranks)
             else:
                 nll, grad_logits = terms(chunk @ head.t(), target, share, num_tokens)
                 _set_target(grad_logits, target.unsqueeze(1), nll, share)
@@ -173,9 +175,11 @@ def _set_target(grad_logits: Tensor, index: Tensor, nll: Tensor, share: Tensor, 
     grad_logits.scatter_(1, index, entries)
 
 
-def _terms_over_ranks(logits: Tensor, targets: Tensor, weights: Tensor, own: _Vocabulary) -> tuple[Tensor, Tensor]:
+def _terms_over_ranks(
+    logits: Tensor, targets: Tensor, weights: Tensor, own: _Vocabulary, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
     """nll [n] and the gradient of this rank's logits [n, c], as :func:`chunk_terms` but with the targets' entries."""
-    nll, exponentials, normalizer = _nll_over_ranks(logits.to(weights.dtype), targets, own)
+    nll, exponentials, normalizer = _nll_over_ranks(logits.to(weights.dtype), targets, own, ranks)
     grad_logits = exponentials.mul_((weights / normalizer).unsqueeze(1)).to(logits.dtype)
     inside, index = _inside(targets, own)
     _set_target(grad_logits, index, nll, weights, inside)

@@ -27,22 +27,24 @@ def dropout(x: Tensor, probability: float, training: bool, tensor: TensorParalle
 
 def add_dropped(hidden: Tensor, x: Tensor, probability: float, training: bool, tensor: TensorParallel) -> Tensor:
     """``hidden + dropout(x)``, all [..., h]."""
-    if training and 0 < probability < 1 and tensor.group is None and in_compiled_code(x):
-        out: Tensor = _AddDropped.apply(hidden, x, probability)
+    if training and 0 < probability < 1 and in_compiled_code(x):
+        # The seed is drawn alike on all ranks; with sequence parallelism each has tokens of its own.
+        shift = tensor.rank * 0x1E3779B97F4A7C15 % 2**62 if tensor.sequence_parallel else 0
+        out: Tensor = _AddDropped.apply(hidden, x, probability, shift)
         return out
     return hidden + dropout(x, probability, training, tensor)
 
 
 class _AddDropped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, x: Tensor, probability: float) -> Tensor:
-        seed = torch.randint(2**62, (1,), device=x.device)
+    def forward(ctx: Any, hidden: Tensor, x: Tensor, probability: float, shift: int) -> Tensor:
+        seed = torch.randint(2**62, (1,), device=x.device) + shift
         ctx.save_for_backward(seed)
         ctx.probability = probability
         out: Tensor = torch.ops.megatron.add_dropped(hidden, x, seed, probability)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (seed,) = ctx.saved_tensors
-        return grad, torch.ops.megatron.add_dropped(None, grad, seed, ctx.probability), None
+        return grad, torch.ops.megatron.add_dropped(None, grad, seed, ctx.probability), None, None

@@ -145,7 +145,7 @@ class Head(nn.Module):
             return logits
         batch, length = targets.shape
         # With sequence parallelism each rank has only its own tokens, of which others may be the scored ones.
-        hidden = gather_rows(hidden, self.tensor.token_group)
+        hidden = gather_rows(hidden, self.tensor.token_ranks)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         targets, weights = targets.reshape(-1), weights.reshape(-1)
         if scored is not None:
@@ -154,7 +154,7 @@ class Head(nn.Module):
                 hidden = choose_rows(hidden, scored)
         if reduction == "sum":
             if not self.tensor.sequence_parallel:
-                hidden = copy_to_ranks(hidden, self.tensor.group)
+                hidden = copy_to_ranks(hidden, self.tensor.ranks)
             return linear_cross_entropy(
                 hidden, self.weight, targets, weights, self.num_tokens, self.terms, self.tensor
             )

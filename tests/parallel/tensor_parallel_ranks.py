@@ -5,13 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 from megatron.config import ModelConfig
+from megatron.distributed.collectives import all_gather
 from megatron.distributed.tensor_parallel import ALONE, TensorParallel, tensor_parallel, train_in_fp8
 from megatron.distributed.topology import Topology, build_topology
 from megatron.model.gpt import build_layers, initialize_weights, named_parameters
@@ -40,6 +44,30 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "padding only": ({}, ("few tokens",)),
     "compiled": ({"num_layers": 1, "num_key_value_heads": 1}, ("scored", "compiled")),
 }
+
+
+class Graphs:
+    """A backend of ``torch.compile`` that notes the graphs it gets, forward and backward."""
+
+    def __init__(self) -> None:
+        self.gathered: list[int] = []  # by every graph: how many collectives gather in it
+        self.kept: list[bool] = []  # by every graph: whether something gathered leaves it
+
+    def backend(self) -> Callable[..., Any]:
+        """It divides forward from backward as inductor does and runs both as they are."""
+        return aot_autograd(
+            fw_compiler=self._note, bw_compiler=self._note, partition_fn=min_cut_rematerialization_partition
+        )
+
+    def _note(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        gathers = [node for node in graph.graph.nodes if "all_gather" in str(node.target)]
+        waited = [user for node in gathers for user in node.users if "wait_tensor" in str(user.target)]
+        self.gathered.append(len(gathers))
+        self.kept.append(bool({*gathers, *waited} & {*graph.graph.output_node().args[0]}))
+        return make_boxed_func(graph.forward)
+
+
+GRAPHS = Graphs()
 
 
 def make_batch(extras: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -89,7 +117,7 @@ def losses_and_gradients(
     """Training loss, evaluation rows, and the gradient of every parameter, joined over ranks."""
     model = make_model(config, tensor, 17 if "few tokens" in extras else TOKENS, "fp8" in extras)
     if "compiled" in extras and tensor.size > 1:
-        compile_blocks(model, backend="eager")
+        compile_blocks(model, backend=GRAPHS.backend())
     batch = make_batch(extras)
     rows = model(**batch, reduction="rows")
     loss = model(**batch)
@@ -105,9 +133,8 @@ def losses_and_gradients(
 
 def gather(x: torch.Tensor, tensor: TensorParallel) -> list[torch.Tensor]:
     """``x`` of every tensor-parallel rank."""
-    parts = [torch.empty_like(x) for _ in range(tensor.size)]
-    dist.all_gather(parts, x.contiguous(), group=tensor.group)
-    return parts
+    assert tensor.ranks is not None
+    return list(all_gather(x.unsqueeze(0), tensor.ranks))
 
 
 def compare(topology: Topology, sequence_parallel: bool, case: str) -> dict[str, float]:
@@ -174,6 +201,7 @@ def main(store: str, report: str) -> None:
             if not sequence_parallel:
                 found["fp8"][kind] = compare_fp8(topology)
             found["dropout"][kind] = dropout(topology, sequence_parallel, hidden_dropout=0.3, attention_dropout=0.3)
+    found["gathered"], found["kept"] = GRAPHS.gathered, GRAPHS.kept
     torch.save(found, Path(report))
     dist.destroy_process_group()
 

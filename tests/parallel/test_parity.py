@@ -61,6 +61,7 @@ SPLITS = [
     Split("zero 2 tp2", 4, f"--zero-stage 2 {TP}"),
     Split("zero 3 tp2 sequence", 4, f"--zero-stage 3 --deepspeed_config divide.json {SEQUENCE}"),
     Split("pp2 offload", 2, f"{PP} --cpu-optimizer"),
+    Split("compiled tp2", 2, f"--compile {TP}"),
     Split("compiled tp2 sequence", 2, f"--compile {SEQUENCE}"),
     Split("compiled pp2", 2, f"--compile {PP}"),
     Split("compiled zero 3", 2, "--compile --zero-stage 3 --deepspeed_config divide.json"),
@@ -130,7 +131,7 @@ def assert_same(split: Curve, whole: Curve) -> None:
 # What is combined of splits that are tried with both objectives is tried with one.
 ONE_OBJECTIVE = {
     "pp2 tp2": "mdm", "pp2 tp2 sequence": "ar", "zero 2 tp2": "ar", "zero 3 tp2 sequence": "ar",
-    "compiled tp2 sequence": "mdm", "compiled pp2": "ar", "compiled zero 3": "mdm",
+    "compiled tp2": "ar", "compiled tp2 sequence": "mdm", "compiled pp2": "ar", "compiled zero 3": "mdm",
 }  # fmt: skip
 CASES = [(objective, split) for objective in ("ar", "mdm") for split in SPLITS
          if ONE_OBJECTIVE.get(split.name, objective) == objective]  # fmt: skip

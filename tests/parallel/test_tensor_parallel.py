@@ -63,3 +63,13 @@ def test_dropout_agrees_where_it_must_and_differs_where_it_must(reports: list[An
     for rank in peers:
         kept = rank["hidden"].float().mean()
         assert abs(kept - 0.7) < 5 * (0.7 * 0.3 / rank["hidden"].numel()) ** 0.5
+
+
+@pytest.mark.slow
+def test_a_compiled_block_is_one_graph_that_keeps_nothing_gathered(reports: list[Any]) -> None:
+    """Forward it gathers the inputs of both column-parallel layers, and the one key/value head of which both ranks have
+    a half. Backward it gathers those inputs again, instead of having kept them, and the gradients of both scattered
+    sums."""
+    for report in reports:
+        assert report["gathered"] == [3, 4]
+        assert report["kept"] == [False, False]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.distributed.tensor_parallel import ALONE
+from megatron.distributed.collectives import Ranks
+from megatron.distributed.tensor_parallel import ALONE, TensorParallel
 from megatron.model.dropout import add_dropped
 from megatron.model.sharding import SequentialGPT, compile_blocks
 
@@ -82,6 +83,23 @@ def test_compiled_it_draws_anew_and_differentiates_what_it_drew() -> None:
     first = compiled(hidden, x, 0.25, True, ALONE)
     torch.cuda.manual_seed(5)
     assert torch.equal(first, compiled(hidden, x, 0.25, True, ALONE))
+
+
+@GPU
+def test_compiled_ranks_differ_where_their_tokens_do() -> None:
+    """Ranks that hold the same tokens drop alike; sequence-parallel ones, seeded alike too, independently."""
+    torch.compiler.reset()
+    compiled = torch.compile(add_dropped, fullgraph=True)
+    hidden, x = torch.zeros(1000, 96, device="cuda"), torch.ones(1000, 96, device="cuda")
+    dropped = {}
+    for sequence_parallel in (False, True):
+        for rank in (0, 1):
+            torch.cuda.manual_seed(5)
+            tensor = TensorParallel(2, rank, Ranks("no group", 2), sequence_parallel)
+            dropped[sequence_parallel, rank] = compiled(hidden, x, 0.25, True, tensor) == 0
+    assert torch.equal(dropped[False, 0], dropped[False, 1])
+    both = (dropped[True, 0] & dropped[True, 1]).double().mean().item()
+    assert abs(both - 0.0625) < 5 * (0.0625 * 0.9375 / x.numel()) ** 0.5
 
 
 @GPU

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.config import ModelConfig
+from megatron.distributed.collectives import Ranks
 from megatron.distributed.tensor_parallel import TensorParallel
 from megatron.model.gpt import build_layers, initial_weight, named_parameters
 from megatron.model.partition import Cut, cut_of
@@ -58,7 +59,7 @@ def test_initial_parts_are_of_the_same_whole(make_config: Callable[..., ModelCon
     config = make_config(num_key_value_heads=1)
     whole = named_parameters(build_layers(config, 40, 37, causal=True), config, 0)
     for rank in range(4):
-        tensor = TensorParallel(4, rank, group=object())
+        tensor = TensorParallel(4, rank, Ranks("no group", 4))
         parts = named_parameters(build_layers(config, 40, 37, causal=True, tensor=tensor), config, 0)
         assert parts.keys() == whole.keys()
         for name, part in parts.items():
