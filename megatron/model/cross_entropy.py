@@ -29,6 +29,8 @@ MAX_CHUNK_ELEMENTS = 2**28
 memory."""
 
 Terms = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+AtOnce = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor] | None]
+"""hidden [n, h], head [V, h], targets, weights, num_tokens -> nll [n] and both gradients without chunks, or None."""
 
 
 def chunk_terms(logits: Tensor, targets: Tensor, weights: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -64,16 +66,18 @@ class _Vocabulary:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, num_tokens: int,
-                         terms: Terms = chunk_terms, tensor: TensorParallel = ALONE) -> Tensor:
+                         terms: Terms = chunk_terms, tensor: TensorParallel = ALONE,
+                         at_once: AtOnce | None = None) -> Tensor:
     """``sum(nll * weights)`` of the head's predictions, differentiable in ``hidden`` and ``weight``.
 
     hidden [n, h], weight [V, h] in the same dtype, targets [n] int64 below ``num_tokens``, weights [n] fp32 (not
     differentiated). Rows with weight 0 contribute exactly 0. Softmax and sums are fp32 (fp64 for fp64 inputs), matrix
     products in the inputs' dtype, the head's gradient is accumulated over chunks in fp32. Returns a scalar, fp32 or
     fp64. With tensor parallelism ``weight`` is this rank's [V / ranks, h], and hidden's gradient its share of the sum.
+    ``terms`` and ``at_once`` are what compiled code has instead of :func:`chunk_terms` and of chunks.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, weights, num_tokens, terms, tensor)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, weights, num_tokens, terms, tensor, at_once)
     return weighted_nll(hidden, weight, targets, weights, num_tokens, tensor).sum()
 
 
@@ -123,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, num_tokens: int,
-                terms: Terms, tensor: TensorParallel) -> Tensor:
+                terms: Terms, tensor: TensorParallel, at_once: AtOnce | None) -> Tensor:
         """See :func:`linear_cross_entropy`."""
         exact = _accumulation_dtype(hidden.dtype)
         weights = weights.to(exact)
@@ -132,7 +136,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Weights are of the order 1/(b*s); probabilities times that would underflow in half precision.
             scale = weights.max().clamp_min(torch.finfo(exact).tiny)
             weights = weights / scale
+        ctx.weight_dtype = weight.dtype
         own = _Vocabulary.of(weight, num_tokens, tensor)
+        found = None
+        if at_once is not None and own.ranks is None:
+            found = at_once(hidden, weight, targets, weights, num_tokens)
+        if found is not None:
+            nll, *gradients = found
+            ctx.save_for_backward(*gradients, scale)
+            return _weigh(nll, weights).sum() * scale
         head = weight[: own.columns]  # [c, h]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
@@ -150,7 +162,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = _accumulate(grad_weight, grad_logits, chunk, weight, exact)
         assert grad_weight is not None, "a batch has at least one row"
         ctx.save_for_backward(grad_hidden, grad_weight, scale)
-        ctx.weight_dtype = weight.dtype
         return loss * scale
 
     @staticmethod
@@ -161,7 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = scale * grad_loss
         hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype) if ctx.needs_input_grad[0] else None
         weight = (grad_weight.to(scale.dtype) * scale).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return hidden, weight, None, None, None, None, None
+        return hidden, weight, None, None, None, None, None, None
 
 
 def _set_target(grad_logits: Tensor, index: Tensor, nll: Tensor, share: Tensor, inside: Tensor | None = None) -> None:

@@ -44,7 +44,7 @@ from megatron.distributed.tensor_parallel import (
     VocabularyParallelEmbedding,
 )
 from megatron.model.attention import Attention
-from megatron.model.cross_entropy import Terms, chunk_terms, linear_cross_entropy, weighted_nll
+from megatron.model.cross_entropy import AtOnce, Terms, chunk_terms, linear_cross_entropy, weighted_nll
 from megatron.model.dropout import add_dropped, dropout
 from megatron.model.masks import Mask
 from megatron.model.mlp import MLP
@@ -127,6 +127,7 @@ class Head(nn.Module):
         self.num_tokens = num_tokens
         self.tensor = tensor
         self.terms: Terms = chunk_terms
+        self.at_once: AtOnce | None = None
 
     def forward(self, state: State, targets: Tensor | None = None, weights: Tensor | None = None,
                 scored: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
@@ -156,7 +157,7 @@ class Head(nn.Module):
             if not self.tensor.sequence_parallel:
                 hidden = copy_to_ranks(hidden, self.tensor.ranks)
             return linear_cross_entropy(
-                hidden, self.weight, targets, weights, self.num_tokens, self.terms, self.tensor
+                hidden, self.weight, targets, weights, self.num_tokens, self.terms, self.tensor, self.at_once
             )
         terms = weighted_nll(hidden, self.weight, targets, weights, self.num_tokens, self.tensor)
         if scored is not None:

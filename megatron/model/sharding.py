@@ -14,7 +14,7 @@ from megatron.config import ModelConfig
 from megatron.model.attention import Attention
 from megatron.model.cross_entropy import Terms, chunk_terms
 from megatron.model.gpt import Block, Head, Reduction, State, named_parameters
-from megatron.model.kernels import has_softmax_terms, softmax_terms
+from megatron.model.kernels import has_softmax_terms, narrow_head, softmax_terms
 from megatron.model.rope import rotary_table
 
 BLOCKS_IN_ONE_GRAPH = 12
@@ -194,6 +194,7 @@ def compile_blocks(
     for module in model.modules():
         if isinstance(module, Head):
             module.terms = _terms_of_any_rows(torch.compile(chunk_terms, backend=backend))
+            module.at_once = narrow_head
 
 
 def describe_masks(model: Runs, device: torch.device, length: int, training: bool) -> str:
