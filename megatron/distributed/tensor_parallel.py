@@ -57,6 +57,9 @@ class TensorParallel:
         return x.flatten(0, 1).chunk(self.size)[self.rank]
 
 
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Times the rank, added to a seed that all ranks have drawn alike: a seed of this rank's own."""
+
 ALONE = TensorParallel()
 """Layers that are not cut."""
 
@@ -204,7 +207,7 @@ def _with_own_generator(tensor: TensorParallel, draw: Callable[[], Tensor], devi
     common = int(torch.randint(2**62, ()))
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
     state = generator.get_state()
-    generator.manual_seed((common + tensor.rank * 0x9E3779B97F4A7C15) % 2**63)
+    generator.manual_seed((common + tensor.rank * SEED_STEP) % 2**63)
     try:
         return draw()
     finally:

@@ -50,7 +50,6 @@ def chunk_terms(logits: Tensor, targets: Tensor, weights: Tensor, num_tokens: in
 class _Vocabulary:
     """This rank's part of the vocabulary: local ids 0 .. ``tokens - 1`` are tokens, ``columns`` are multiplied."""
 
-    ranks: Ranks | None
     first: int
     tokens: int
     columns: int
@@ -62,7 +61,7 @@ class _Vocabulary:
         # Rows that are worth multiplying: all tokens, and padding up to the 16 bytes that fast products want. As many
         # on every rank (the first has the most), since all must cut the same chunks.
         columns = min(rows, -(-num_tokens // 8) * 8)
-        return _Vocabulary(tensor.ranks, first, max(0, min(rows, num_tokens - first)), columns)
+        return _Vocabulary(first, max(0, min(rows, num_tokens - first)), columns)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, num_tokens: int,
@@ -90,8 +89,8 @@ def weighted_nll(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tenso
     parts = []
     for rows in _chunks(len(hidden), own.columns):
         logits = hidden[rows] @ weight[: own.columns].t()
-        if own.ranks is not None:
-            parts.append(_nll_over_ranks(logits.to(exact), targets[rows] - own.first, own, own.ranks)[0])
+        if tensor.ranks is not None:
+            parts.append(_nll_over_ranks(logits.to(exact), targets[rows] - own.first, own, tensor.ranks)[0])
             continue
         logits[:, num_tokens:] = -torch.inf
         normalizer = logits.to(exact).logsumexp(dim=-1)
@@ -139,7 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.weight_dtype = weight.dtype
         own = _Vocabulary.of(weight, num_tokens, tensor)
         found = None
-        if at_once is not None and own.ranks is None:
+        if at_once is not None and tensor.ranks is None:
             found = at_once(hidden, weight, targets, weights, num_tokens)
         if found is not None:
             nll, *gradients = found
@@ -151,9 +150,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         for rows in _chunks(len(hidden), own.columns):
             chunk, target, share = hidden[rows], targets[rows], weights[rows]
-            if own.ranks is not None:
+            if tensor.ranks is not None:
                 logits = chunk @ head.t()
-                nll, grad_logits = _terms_over_ranks(logits, target - own.first, share, own, own.ranks)
+                nll, grad_logits = _terms_over_ranks(logits, target - own.first, share, own, tensor.ranks)
             else:
                 nll, grad_logits = terms(chunk @ head.t(), target, share, num_tokens)
                 _set_target(grad_logits, target.unsqueeze(1), nll, share)

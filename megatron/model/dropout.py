@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.distributed.tensor_parallel import TensorParallel, differs_by_rank
+from megatron.distributed.tensor_parallel import SEED_STEP, TensorParallel, differs_by_rank
 from megatron.model.kernels import in_compiled_code
 
 
@@ -29,7 +29,7 @@ def add_dropped(hidden: Tensor, x: Tensor, probability: float, training: bool, t
     """``hidden + dropout(x)``, all [..., h]."""
     if training and 0 < probability < 1 and in_compiled_code(x):
         # The seed is drawn alike on all ranks; with sequence parallelism each has tokens of its own.
-        shift = tensor.rank * 0x1E3779B97F4A7C15 % 2**62 if tensor.sequence_parallel else 0
+        shift = tensor.rank * SEED_STEP % 2**62 if tensor.sequence_parallel else 0
         out: Tensor = _AddDropped.apply(hidden, x, probability, shift)
         return out
     return hidden + dropout(x, probability, training, tensor)
