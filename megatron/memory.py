@@ -128,14 +128,17 @@ def _activations(model: ModelConfig, split: Split, blocks: int, tokens: int, in_
     width, h = 2 if split.half else 4, model.hidden_size
     stream = h / (split.tensor if split.sequence_parallel else 1)  # one residual stream
     query, key = model.num_attention_heads * model.head_size, model.num_kv_heads * model.head_size
-    # The projection (values are a view of it), the rotated queries and keys, and the context.
-    attention = (query + 2 * key) + (query + key if model.use_rotary_position_embeddings else 0) + query
+    attention = (query + 2 * key) + query  # the projection, whose queries and keys rotate in place, and the context
     inner = (3 if model.swiglu else 2) * model.ffn_size
-    kept = 4 * stream + (attention + inner) / split.tensor  # inputs and outputs of the two norms besides
+    # Outputs of the two norms besides, of which RMSNorm's backward pass makes its inputs again (in fp16 it does not).
+    norms = 2 if model.normalization == "rmsnorm" else 4
+    kept = norms * stream + (attention + inner) / split.tensor
     if split.fp8:
         # Products read rounded copies, which compiled code makes again out of the MLP's first product and, where no
-        # collective is in between, of the norms' inputs.
-        kept -= model.ffn_size / split.tensor + (2 * stream if split.tensor == 1 else 0)
+        # collective is in between, of LayerNorm's inputs.
+        kept -= model.ffn_size / split.tensor
+        if norms == 4 and split.tensor == 1:
+            kept -= 2 * stream
     if model.hidden_dropout > 0 and split.tensor > 1:
         kept += 2 * stream / width  # a byte a number: the masks, which compiled code draws again if the layer is whole
     plan = model.recompute

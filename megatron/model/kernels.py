@@ -3,14 +3,17 @@
 There is one where the compiler's code moves more bytes than it must (docs/performance.md has the times):
 
 - ``swiglu_gradient``: it puts both halves of the gradient together element by element, and loads five numbers for two.
-- ``split_heads_gradient``: the same of queries, keys and values.
-- ``branch_gradient``: the gradients of a norm and of the residual connection beside it were added by another kernel.
+- ``rotate_heads_``: it keeps queries and keys as they were beside the rotated ones, since values are next to them.
+- ``split_heads_gradient``: it puts gradients of queries, keys and values together element by element.
+- ``branch_gradient``: the gradients of a norm and of the residual connection beside it were added by another kernel,
+  and what the norm reads was kept beside what it makes.
 - ``add_dropped``: it draws one random number at a time, and keeps a byte of each for the backward pass.
 - ``softmax_terms``: it reads logits twice from memory, and writes to other memory.
+- ``add_to``: PyTorch's sum of different dtypes loads and stores number by number.
 - ``narrow_head``: where hidden states are narrow, multiplying logits anew is faster than storing and loading them.
 
-The plain code that each stands for is beside its caller, and is what runs elsewhere: on CPUs, in double precision and
-with ``--no-compile``. All compute in fp32 and round once.
+The plain code that each stands for is beside its caller (``add_to`` has it), and is what runs elsewhere: on CPUs, in
+double precision and with ``--no-compile``. All compute in fp32 and round once.
 """
 
 from __future__ import annotations
@@ -56,6 +59,16 @@ def softmax_terms(logits: Tensor, targets: Tensor, weights: Tensor, num_tokens: 
         logits, targets, weights, nll, rows, columns // ALIGNMENT, num_tokens, ALIGNMENT, 8192, num_warps=16
     )
     return nll, logits
+
+
+def add_to(total: Tensor, x: Tensor) -> None:
+    """``total += x`` of the same shape and any dtypes; PyTorch's own sum to the bit."""
+    size, block = x.numel(), 4096
+    # A launch from Python takes longer than what it would gain for less.
+    if size < 2**21 or not (_takes(x) and _takes(total) and x.is_contiguous() and total.is_contiguous()):
+        total.add_(x)
+        return
+    _add_kernel[(triton.cdiv(size, block),)](total, x, size, block, num_warps=8)
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,14 @@ def narrow_head(
 if TRITON:
 
     @triton.jit
+    def _add_kernel(total, x, size, block: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Numbers ``program_id(0) * block`` and following."""
+        at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        inside = at < size
+        value = tl.load(total + at, inside).to(tl.float32) + tl.load(x + at, inside).to(tl.float32)
+        tl.store(total + at, value.to(total.dtype.element_ty), inside)
+
+    @triton.jit
     def _swiglu_gradient_kernel(inner, grad, out, width: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
         """One row's columns ``program_id(1) * block`` and following, of both halves."""
         row = tl.program_id(0).to(tl.int64)
@@ -145,7 +166,7 @@ if TRITON:
     def _turn_back(  # type: ignore[no-untyped-def]
         grad, out, cos, sin, head, feature, stride, count: tl.constexpr, half: tl.constexpr
     ):
-        """Gradient of the heads of one position before their rotation."""
+        """Heads of one position, turned by minus their angles: the gradient of their rotation."""
         inside = (head[:, None] < count) & (feature[None, :] < half)
         at = grad + head[:, None] * stride + feature[None, :]
         first = tl.load(at, inside).to(tl.float32)
@@ -153,6 +174,28 @@ if TRITON:
         to = out + head[:, None] * (2 * half) + feature[None, :]
         tl.store(to, (first * cos + second * sin).to(out.dtype.element_ty), inside)
         tl.store(to + half, (second * cos - first * sin).to(out.dtype.element_ty), inside)
+
+    @triton.jit
+    def _rotate_heads_kernel(  # type: ignore[no-untyped-def]
+        heads, table, count: tl.constexpr, total: tl.constexpr, half: tl.constexpr,
+        count_block: tl.constexpr, half_block: tl.constexpr,
+    ):
+        """One position: its first ``count`` heads of ``total``, in their place."""
+        position = tl.program_id(0).to(tl.int64)
+        feature = tl.arange(0, half_block)
+        cos = tl.load(table + position * (2 * half) + feature, feature < half)[None, :]
+        sin = tl.load(table + position * (2 * half) + half + feature, feature < half)[None, :]
+        heads += position * (total * 2 * half)
+        _turn_back(heads, heads, cos, -sin, tl.arange(0, count_block), feature, 2 * half, count, half)
+
+    @torch.library.triton_op("megatron::rotate_heads_", mutates_args={"heads"})
+    def _rotate_heads(heads: Tensor, count: int, table: Tensor) -> None:
+        """Rotate the first ``count`` heads of [b, s, n, head_size], contiguous, by the angles of ``table``."""
+        batch, length, total, size = heads.shape
+        blocks = (triton.next_power_of_2(n) for n in (count, size // 2))
+        torch.library.wrap_triton(_rotate_heads_kernel)[(batch * length,)](
+            heads, table.contiguous(), count, total, size // 2, *blocks
+        )
 
     @triton.jit
     def _split_heads_gradient_kernel(  # type: ignore[no-untyped-def]
@@ -198,44 +241,46 @@ if TRITON:
 
     @triton.jit
     def _branch_gradient_kernel(  # type: ignore[no-untyped-def]
-        hidden, gain, grad_kept, grad_normal, out, partial, rows,
-        eps: tl.constexpr, width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
+        normal, gain, scales, grad_kept, grad_normal, out, partial, rows,
+        width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
     ):
         """Rows ``program_id(0)``, and on in steps of the number of programs; of them, the gain's gradient too."""
         column = tl.arange(0, block)
         inside = column < width
-        g = tl.load(gain + column, inside, 0.0).to(tl.float32)
+        g = tl.load(gain + column, inside, 1.0).to(tl.float32)
         grad_gain = tl.zeros((block,), tl.float32)
         for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=stages):
             at = tl.cast(row, tl.int64) * width + column
-            x = tl.load(hidden + at, inside, 0.0).to(tl.float32)
+            y = tl.load(normal + at, inside, 0.0).to(tl.float32)
             dy = tl.load(grad_normal + at, inside, 0.0).to(tl.float32)
             kept = tl.load(grad_kept + at, inside, 0.0).to(tl.float32)
-            scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-            along = tl.sum(dy * g * x, 0) * scale / width  # of the gradient, along the normalised row
-            normal = x * scale
-            grad_gain += dy * normal
-            grad = kept + scale * (dy * g - normal * along)
+            along = tl.sum(dy * y, 0) / width  # of the gradient, along the normalised row
+            x = y / g
+            grad_gain += dy * x
+            grad = kept + tl.load(scales + row) * (dy * g - x * along)
             tl.store(out + at, grad.to(out.dtype.element_ty), inside)
         tl.store(partial + tl.program_id(0) * width + column, grad_gain, inside)
 
     @torch.library.triton_op("megatron::branch_gradient", mutates_args=())
     def _branch_gradient(
-        hidden: Tensor, gain: Tensor, grad_kept: Tensor, grad_normal: Tensor, eps: float
+        normal: Tensor, gain: Tensor, scale: Tensor, grad_kept: Tensor, grad_normal: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradient of hidden [..., h], and of the gain in parts [programs, h] fp32 that are yet to be summed."""
-        hidden, grad_kept, grad_normal = (x.contiguous() for x in (hidden, grad_kept, grad_normal))
-        out = torch.empty_like(hidden)
-        width = hidden.shape[-1]
-        rows = hidden.numel() // width
+        """Gradient of hidden [..., h], and of the gain in parts [programs, h] fp32 that are yet to be summed.
+
+        normal [..., h] is hidden * scale [..., 1] * gain [h], scale in fp32 and no entry of the gain 0.
+        """
+        normal, scale, grad_kept, grad_normal = (x.contiguous() for x in (normal, scale, grad_kept, grad_normal))
+        out = torch.empty_like(normal)
+        width = normal.shape[-1]
+        rows = normal.numel() // width
         # Four programs a processor keep the memory busy if each loads rows ahead. Shared memory, 100 kB on the smallest
         # GPUs, has room for three of three tensors' rows of up to 8 kB.
-        programs = 4 * torch.cuda.get_device_properties(hidden.device).multi_processor_count
-        partial = torch.empty(programs, width, dtype=torch.float32, device=hidden.device)
+        programs = 4 * torch.cuda.get_device_properties(normal.device).multi_processor_count
+        partial = torch.empty(programs, width, dtype=torch.float32, device=normal.device)
         block = triton.next_power_of_2(width)
-        stages = 3 if block * hidden.element_size() <= 2**13 else 1
+        stages = 3 if block * normal.element_size() <= 2**13 else 1
         torch.library.wrap_triton(_branch_gradient_kernel)[(programs,)](
-            hidden, gain, grad_kept, grad_normal, out, partial, rows, eps, width, block, stages,
+            normal, gain, scale, grad_kept, grad_normal, out, partial, rows, width, block, stages,
             num_warps=min(16, max(1, block // 512)),
         )
         return out, partial

@@ -1,7 +1,8 @@
 """Normalisation of the residual stream: LayerNorm or RMSNorm (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
 
 In code compiled for a GPU, RMSNorm's gradient and the residual connection's, which meet where the stream parts, are
-computed and added by a kernel of our own (``kernels``).
+computed and added by a kernel of our own (``kernels``). It reads what the norm made, which the product that follows
+keeps anyway, and not the residual stream, which so need not be kept.
 """
 
 from __future__ import annotations
@@ -37,11 +38,16 @@ def build_norm(config: ModelConfig, tensor: TensorParallel = ALONE) -> nn.Module
 
 def branch(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Where the residual stream parts: (hidden itself, ``norm(hidden)``), both [..., h]."""
-    if not (isinstance(norm, nn.RMSNorm) and in_compiled_code(hidden)):
+    # What the norm made, divided by the gain, is the normalised row again; fp16 has no numbers small enough for that.
+    if not (isinstance(norm, nn.RMSNorm) and in_compiled_code(hidden) and hidden.dtype != torch.float16):
         return hidden, norm(hidden)
     gain = norm.gain() if isinstance(norm, TokenParallelRMSNorm) else norm.weight
     kept, normal = _Branch.apply(hidden, gain, norm.eps)
     return kept, normal
+
+
+SMALLEST_GAIN = 2.0**-60
+"""What a gain nearer to 0 counts as: a factor that is not seen in any sum with others, and that can be divided by."""
 
 
 class _Branch(torch.autograd.Function):
@@ -49,14 +55,18 @@ class _Branch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden, gain)
-        ctx.eps = eps
         wide = hidden.float()
-        scale = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-        return hidden.view_as(hidden), (wide * scale * gain).to(hidden.dtype)
+        scale = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()  # [..., 1]
+        normal = (wide * scale * _divisible(gain)).to(hidden.dtype)
+        ctx.save_for_backward(normal, gain, scale)
+        return hidden.view_as(hidden), normal
 
     @staticmethod
     def backward(ctx: Any, grad_kept: Tensor, grad_normal: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden, gain = ctx.saved_tensors
-        grad, partial = torch.ops.megatron.branch_gradient(hidden, gain, grad_kept, grad_normal, ctx.eps)
+        normal, gain, scale = ctx.saved_tensors
+        grad, partial = torch.ops.megatron.branch_gradient(normal, _divisible(gain), scale, grad_kept, grad_normal)
         return grad, partial.sum(dim=0).to(gain.dtype), None
+
+
+def _divisible(gain: Tensor) -> Tensor:
+    return torch.where(gain.abs() < SMALLEST_GAIN, SMALLEST_GAIN, gain)

@@ -4,8 +4,8 @@ Feature i of a head is paired with feature i + head_size/2, and the pair is rota
 head_size). Angles come from the positions of the batch, not from the place in the sequence, so tokens may be permuted
 or restart at each document. Nothing here is stored in a checkpoint.
 
-In code compiled for a GPU, the gradients of queries, keys and values are turned back and put side by side by a kernel
-of our own (``kernels``).
+In code compiled for a GPU, kernels of our own (``kernels``) turn queries and keys in their place, beside the values, so
+that nothing is kept twice, and put the gradients of all three side by side, turned back.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, query: int, key: int, table: Tensor) -> Heads:
         ctx.save_for_backward(table)
-        return _split_heads(heads, query, key, table)
+        turned = heads.clone()  # which the compiler leaves out where nothing else reads them
+        torch.ops.megatron.rotate_heads_(turned, query + key, table)
+        out: Heads = turned.split((query, key, key), dim=2)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
-from megatron.model.norm import _Branch, branch, build_norm
+from megatron.model.norm import _Branch, _divisible, branch, build_norm
 
 EPS = 1e-5
 
@@ -42,28 +42,69 @@ def gradients(hidden: Tensor, gain: Tensor, grads: tuple[Tensor, Tensor]) -> tup
     return torch.autograd.grad(loss, (hidden, gain))
 
 
+def statistics(hidden: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """RMSNorm of hidden, rounded, and its factor [..., 1] in fp32, both from fp64."""
+    scale = (hidden.double().square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
+    return (hidden.double() * scale * gain.double()).to(hidden.dtype), scale.float()
+
+
+def test_a_gain_of_zero_counts_as_one_that_is_too_small_to_be_seen() -> None:
+    """What the norm makes is divided by the gain in the backward pass."""
+    hidden, gain = torch.randn(6, 80).bfloat16(), torch.tensor([0.0, -0.0, 1e-30, -2.0] * 20).bfloat16()
+    normal = _Branch.apply(hidden, gain, EPS)[1]
+    exact = F.rms_norm(hidden.double(), (80,), gain.double(), EPS)
+    assert ((normal.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-16).all()
+    assert (normal / _divisible(gain)).isfinite().all() and not normal[:, :2].eq(0).any()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5, 1280), (7, 80), (2, 9, 128), (3000, 256), (5, 8192), (2, 12288)])
-def test_the_kernel_rounds_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    hidden, kept, normal = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
-    gain = torch.randn(shape[-1], device="cuda").to(dtype)
-    found, parts = torch.ops.megatron.branch_gradient(hidden, gain, kept, normal, EPS)
-    exact, exact_gain = gradients(hidden, gain, (kept, normal))
+def test_the_kernel(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Of an entry that the norm rounded the kernel sees that much less; all else is rounded once."""
+    hidden, kept, grad = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
+    gain = _divisible((torch.randn(shape[-1], device="cuda").abs() + 0.1).to(dtype))
+    normal, scale = statistics(hidden, gain)
+    found, parts = torch.ops.megatron.branch_gradient(normal, gain, scale, kept, grad)
+    exact, exact_gain = gradients(hidden, gain, (kept, grad))
     assert found.dtype == dtype
-    assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5).all()
-    torch.testing.assert_close(parts.sum(dim=0).double(), exact_gain, rtol=1e-5, atol=1e-4)
+    eps = torch.finfo(dtype).eps
+    along = (grad.double() * normal.double()).abs().mean(dim=-1, keepdim=True) * scale.double()
+    seen = eps * along * (hidden.double() * scale.double()).abs()
+    assert ((found.double() - exact).abs() <= eps / 2 * exact.abs() + seen + 1e-5).all()
+    terms = (grad.double() * hidden.double() * scale.double()).flatten(0, -2)
+    error = (parts.sum(dim=0).double() - exact_gain).abs()
+    assert (error <= 1e-5 * terms.abs().sum(dim=0) + eps * terms.square().sum(dim=0).sqrt() + 1e-4).all()
 
 
 @pytest.mark.gpu
 def test_compiled_code_uses_the_kernel() -> None:
     torch.compiler.reset()
     norm = nn.RMSNorm(96, EPS).to("cuda", torch.bfloat16)
-    hidden, kept, normal = (torch.randn(4, 50, 96, device="cuda").bfloat16() for _ in range(3))
+    with torch.no_grad():
+        norm.weight[:5] = torch.tensor([0.0, -1.5, 1e-30, 0.3, 2.0])
+    hidden, kept, grad = (torch.randn(4, 50, 96, device="cuda").bfloat16() for _ in range(3))
     hidden.requires_grad_()
-    found, plain = ([*results, *torch.autograd.grad(results, (hidden, norm.weight), (kept, normal))]
+    found, plain = ([*results, *torch.autograd.grad(results, (hidden, norm.weight), (kept, grad))]
                     for results in (torch.compile(branch, fullgraph=True)(norm, hidden), branch(norm, hidden)))
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=5e-2)  # PyTorch rounds what it then adds
-    direct, _ = torch.ops.megatron.branch_gradient(hidden.detach(), norm.weight.detach(), kept, normal, EPS)
-    assert torch.equal(found[2], direct) and not torch.equal(plain[2], direct)
+    scale = (hidden.float().square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
+    gain = _divisible(norm.weight.detach())
+    direct, _ = torch.ops.megatron.branch_gradient(found[1].detach(), gain, scale.detach(), kept, grad)
+    torch.testing.assert_close(found[2], direct, rtol=2**-7, atol=1e-6)
+    assert (found[2] == direct).float().mean() > 0.99 > (plain[2] == direct).float().mean()
+
+
+@pytest.mark.gpu
+def test_half_precision_without_exponents_stays_with_pytorch() -> None:
+    """fp16 could not tell a row from what a gain of 1e-6 makes of it."""
+    torch.compiler.reset()
+    norm = nn.RMSNorm(96, EPS).to("cuda", torch.float16)
+    torch.nn.init.constant_(norm.weight, 1e-6)
+    hidden, kept, grad = (torch.randn(4, 50, 96, device="cuda").half() for _ in range(3))
+    hidden.requires_grad_()
+    results = torch.compile(branch, fullgraph=True)(norm, hidden)
+    _, to_gain = torch.autograd.grad(results, (hidden, norm.weight), (kept, grad))
+    exact = gradients(hidden.detach(), norm.weight.detach(), (kept, grad))[1]
+    torch.testing.assert_close(to_gain.double(), exact, rtol=1e-2, atol=5e-2)
