@@ -114,6 +114,11 @@ class RowParallelLinear(nn.Module):
         y = reduce_to_residual(_linear(self, x, None), self.tensor)
         return y if self.bias is None else y + copy_to_ranks(self.bias, self.tensor.token_ranks)
 
+    @property
+    def is_one_product(self) -> bool:
+        """Whether x W^T, in the dtype of x, is all there is to do now."""
+        return self.tensor.ranks is None and self.bias is None and not (self.trains_in_fp8 and self.training)
+
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return _sizes(self)

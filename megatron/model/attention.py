@@ -87,6 +87,11 @@ class Attention(nn.Module):
         ``attention_mask`` [b, 1, s, s] bool, True where the query (dim 2) may attend to the key (dim 3), or the same
         for FlexAttention, replaces the causal or full pattern.
         """
+        out: Tensor = self.dense(self.context(hidden, places, attention_mask))
+        return out
+
+    def context(self, hidden: Tensor, places: Tensor, attention_mask: Mask | None = None) -> Tensor:
+        """All but the last product: arguments as :meth:`forward` -> [b, s, own heads * head_size]."""
         batch, length = places.shape[:2]
         projected = self.query_key_value(hidden)
         if self.shared_kv:
@@ -97,11 +102,10 @@ class Attention(nn.Module):
             table = places if places.is_floating_point() else rotary_table(places, self.head_size, self.theta)
         query, key, value = split_heads(heads, (self.num_heads, self.num_kv_heads), table)
         if self.recompute and self.training and hidden.requires_grad:
-            context = checkpoint(self._attend, query, key, value, attention_mask,
-                                 use_reentrant=False, preserve_rng_state=self.dropout > 0)
-        else:
-            context = self._attend(query, key, value, attention_mask)
-        return self.dense(context)
+            context: Tensor = checkpoint(self._attend, query, key, value, attention_mask,
+                                         use_reentrant=False, preserve_rng_state=self.dropout > 0)
+            return context
+        return self._attend(query, key, value, attention_mask)
 
     def _with_whole_kv_heads(self, projected: Tensor) -> Tensor:
         """[b, s, q d + 2 shares of kv d] -> [b, s, (q + 2 q) d]: a key and a value head for each query head."""

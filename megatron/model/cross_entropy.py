@@ -168,10 +168,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden and weight, for the gradient of the scalar loss."""
         grad_hidden, grad_weight, scale = ctx.saved_tensors
-        scale = scale * grad_loss
-        hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype) if ctx.needs_input_grad[0] else None
-        weight = (grad_weight.to(scale.dtype) * scale).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+        scale = (scale * grad_loss).view(1)  # not a scalar, which would be rounded to the other factor's dtype
+        hidden = _scaled(grad_hidden, scale, grad_hidden.dtype) if ctx.needs_input_grad[0] else None
+        weight = _scaled(grad_weight, scale, ctx.weight_dtype) if ctx.needs_input_grad[1] else None
         return hidden, weight, None, None, None, None, None, None
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * scale [1], in the wider dtype of both and rounded once to ``dtype``, without a copy in between."""
+    return torch.mul(x, scale, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
 def _set_target(grad_logits: Tensor, index: Tensor, nll: Tensor, share: Tensor, inside: Tensor | None = None) -> None:

@@ -45,11 +45,12 @@ from megatron.distributed.tensor_parallel import (
 )
 from megatron.model.attention import Attention
 from megatron.model.cross_entropy import AtOnce, Terms, chunk_terms, linear_cross_entropy, weighted_nll
-from megatron.model.dropout import add_dropped, dropout
+from megatron.model.dropout import dropout
 from megatron.model.masks import Mask
 from megatron.model.mlp import MLP
 from megatron.model.norm import branch, build_norm
 from megatron.model.partition import cut_of
+from megatron.model.residual import join
 
 State = tuple[Any, ...]  # tensors; a mask may be FlexAttention's while it is among blocks
 Reduction = Literal["sum", "rows"]
@@ -94,12 +95,12 @@ class Block(nn.Module):
         for the last block, where others are not scored. Not with sequence parallelism.
         """
         hidden, normal = branch(self.input_layernorm, hidden)
-        attended = self.self_attention(normal, places, *mask)
-        hidden = add_dropped(hidden, attended, self.dropout, self.training, self.tensor)
+        context = self.self_attention.context(normal, places, *mask)
+        hidden = join(hidden, self.self_attention.dense, context, self.dropout, self.training)
         if chosen is not None:
             hidden = choose_rows(hidden.flatten(0, 1), chosen)
         hidden, normal = branch(self.post_attention_layernorm, hidden)
-        hidden = add_dropped(hidden, self.mlp(normal), self.dropout, self.training, self.tensor)
+        hidden = join(hidden, self.mlp.dense_4h_to_h, self.mlp.inner(normal), self.dropout, self.training)
         return hidden, places, *mask
 
 

@@ -28,9 +28,10 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [b, s, h] -> [b, s, h]; with sequence parallelism [own tokens, h], both."""
+        out: Tensor = self.dense_4h_to_h(self.inner(hidden))
+        return out
+
+    def inner(self, hidden: Tensor) -> Tensor:
+        """All but the last product: hidden as :meth:`forward` takes it -> [b, s, ffn / ranks]."""
         inner = self.dense_h_to_4h(hidden)
-        if self.swiglu:
-            inner = swiglu(inner)  # [b, s, ffn / ranks]
-        else:
-            inner = F.gelu(inner, approximate="tanh")
-        return self.dense_4h_to_h(inner)
+        return swiglu(inner) if self.swiglu else F.gelu(inner, approximate="tanh")

@@ -80,7 +80,7 @@ def test_the_last_mlp_sees_scored_positions_only(make_model: Make, batch: Batch,
     batch["weights"].view(-1)[24:] = 0
     seen: list[int] = []
     for layer in model.layers[1:3]:
-        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // 32))
+        layer.mlp.dense_4h_to_h.register_forward_hook(lambda module, inputs, output: seen.append(output.numel() // 32))
     model(**batch, scored=torch.arange(24))
     assert seen == [48, 24]
 
