@@ -30,6 +30,7 @@ from megatron.distributed.topology import Topology
 from megatron.errors import UserError
 from megatron.inference.weights import WEIGHT, find_state, own_part
 from megatron.model.gpt import Block
+from megatron.model.kernels import add_to
 from megatron.objectives.base import Batch
 from megatron.optimizer import build_optimizer
 from megatron.trace_shares import OPTIMIZER
@@ -88,7 +89,7 @@ class Engine:
                 config=self.config,
                 dist_init_required=False,
             )
-        add_without_copies(self._engine.optimizer)
+        add_without_copies(self._engine.optimizer, torch.Tensor.add_ if config.parallel.compile is False else add_to)
 
     @property
     def model(self) -> Model:
@@ -231,22 +232,22 @@ class Engine:
                 raise problem
 
 
-def add_without_copies(optimizer: Any) -> None:
-    """Let DeepSpeed's ``BF16_Optimizer`` add bf16 gradients to its fp32 sums as they are. By itself it makes an fp32
-    copy of each first, for the same sums to the bit; other optimizers are left alone."""
+def add_without_copies(optimizer: Any, add: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+    """Let DeepSpeed's ``BF16_Optimizer`` add bf16 gradients to its fp32 sums as they are, by ``add(sum, gradient)``. By
+    itself it makes an fp32 copy of each first, for the same sums to the bit; other optimizers are left alone."""
     if not hasattr(optimizer, "fp32_groups_gradients"):
         return
 
-    def add(parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
+    def update(parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
         if parameter.grad is None:
             return
         parameter._hp_grad = optimizer.fp32_groups_gradients[group][index]
-        parameter._hp_grad.add_(parameter.grad.view(parameter._hp_grad.shape))
+        add(parameter._hp_grad, parameter.grad.view(parameter._hp_grad.shape))
         optimizer.fp32_groups_has_gradients[group][index] = True
         if clear_lp_grads:
             parameter.grad.zero_()
 
-    optimizer._update_hp_grad = add
+    optimizer._update_hp_grad = update
 
 
 def _forward(model: Any, batch: Batch, **options: str) -> torch.Tensor:

@@ -1,0 +1,34 @@
+"""Adding gradients to their sums: PyTorch's own sum to the bit, on a CPU and by the kernel on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron.model.kernels import add_to
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1,), (7, 1001), (1280, 3840), (2**21 + 1,)])
+def test_sums_are_pytorchs(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The sum lies within a larger buffer, at an odd place: what is around it stays."""
+    x = torch.randn(shape, device=device).to(dtype)
+    buffer = torch.randn(x.numel() + 20, device=device)
+    expected = buffer.clone()
+    expected[3:-17] += x.flatten()
+    add_to(buffer[3:-17].view(shape), x)
+    assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_others_go_to_pytorch(device: str) -> None:
+    """What does not lie in one piece, and double precision."""
+    total, x = torch.randn(6, 8, device=device), torch.randn(8, 6, device=device)
+    expected = total + x.t()
+    add_to(total, x.t())
+    assert torch.equal(total, expected)
+    wide = torch.randn(5, device=device, dtype=torch.float64)
+    expected = wide + wide.float()
+    add_to(wide, wide.float())
+    assert torch.equal(wide, expected)
