@@ -155,12 +155,13 @@ def _activations(model: ModelConfig, split: Split, blocks: int, tokens: int, in_
 
 
 def _head(model: ModelConfig, split: Split, vocabulary: int, tokens: int) -> float:
-    """Bytes of final norm, head and loss: one chunk of logits and of their gradient, and the head's fp32 gradient.
+    """Bytes of final norm, head and loss: one chunk of logits, whose gradient takes their place, and the head's fp32
+    gradient.
 
-    Fp32 runs also keep the chunk's log-probabilities. Narrow heads in compiled code keep no logits (``narrow_head``):
-    theirs is an upper bound.
+    Tensor-parallel ranks have fp32 copies between the two. Narrow heads in compiled code keep no logits
+    (``narrow_head``): theirs is an upper bound.
     """
     width, h, rows = 2 if split.half else 4, model.hidden_size, vocabulary / split.tensor
     chunk = min(MAX_CHUNK_ELEMENTS, tokens * rows)
-    between = 0 if split.half else 4
-    return width * 4 * tokens * h + chunk * (2 * width + between) + 4 * rows * h
+    logit = 2 * width + 4 if split.tensor > 1 and split.half else width
+    return width * 4 * tokens * h + chunk * logit + 4 * rows * h

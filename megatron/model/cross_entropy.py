@@ -151,14 +151,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(len(hidden), own.columns):
             chunk, target, share = hidden[rows], targets[rows], weights[rows]
             if tensor.ranks is not None:
-                logits = chunk @ head.t()
-                nll, grad_logits = _terms_over_ranks(logits, target - own.first, share, own, tensor.ranks)
+                nll, grad_logits = _terms_over_ranks(
+                    chunk @ head.t(), target - own.first, share, own, tensor.ranks
+                )
             else:
                 nll, grad_logits = terms(chunk @ head.t(), target, share, num_tokens)
                 _set_target(grad_logits, target.unsqueeze(1), nll, share)
             loss += _weigh(nll, share).sum()
             torch.mm(grad_logits, head, out=grad_hidden[rows])
             grad_weight = _accumulate(grad_weight, grad_logits, chunk, weight, exact)
+            del grad_logits  # before the next chunk's are made
         assert grad_weight is not None, "a batch has at least one row"
         ctx.save_for_backward(grad_hidden, grad_weight, scale)
         return loss * scale

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,3 +140,18 @@ def test_no_tensor_as_large_as_all_logits(monkeypatch: pytest.MonkeyPatch) -> No
         linear_cross_entropy(hidden, head, targets, weights, TOKENS).backward()
     # The transposed head [WIDTH, 32] is a view and larger than no chunk.
     assert 0 < largest <= max(6 * 32, WIDTH * 32)
+
+
+def test_one_chunk_of_logits_at_a_time(chunks: int) -> None:
+    """Made in place or not, a chunk's logits are gone before the next one's gradient is made."""
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def terms(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        alive.append(sum(other() is not None for other in seen))
+        nll, grad = cross_entropy.chunk_terms(logits, *rest)
+        seen.extend((weakref.ref(logits), weakref.ref(grad)))
+        return nll, grad
+
+    linear_cross_entropy(*problem(), TOKENS, terms)
+    assert alive == [0] * chunks
