@@ -191,6 +191,7 @@ if TRITON:
     @torch.library.triton_op("megatron::rotate_heads_", mutates_args={"heads"})
     def _rotate_heads(heads: Tensor, count: int, table: Tensor) -> None:
         """Rotate the first ``count`` heads of [b, s, n, head_size], contiguous, by the angles of ``table``."""
+        assert heads.is_contiguous()
         batch, length, total, size = heads.shape
         blocks = (triton.next_power_of_2(n) for n in (count, size // 2))
         torch.library.wrap_triton(_rotate_heads_kernel)[(batch * length,)](
