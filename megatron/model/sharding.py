@@ -14,7 +14,7 @@ from megatron.config import ModelConfig
 from megatron.model.attention import Attention
 from megatron.model.cross_entropy import Terms, chunk_terms
 from megatron.model.gpt import Block, Head, Reduction, State, named_parameters
-from megatron.model.kernels import has_softmax_terms, narrow_head, softmax_terms
+from megatron.model.head_kernels import has_softmax_terms, narrow_head, softmax_terms
 from megatron.model.rope import rotary_table
 
 BLOCKS_IN_ONE_GRAPH = 12

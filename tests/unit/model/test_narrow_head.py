@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.model import sharding
-from megatron.model.kernels import narrow_head
+from megatron.model.head_kernels import narrow_head
 from megatron.model.sharding import SequentialGPT, compile_blocks
 
 GPU = pytest.mark.gpu

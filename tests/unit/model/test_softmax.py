@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.model import sharding
 from megatron.model.cross_entropy import chunk_terms, linear_cross_entropy
-from megatron.model.kernels import has_softmax_terms, softmax_terms
+from megatron.model.head_kernels import has_softmax_terms, softmax_terms
 from megatron.model.sharding import SequentialGPT, compile_blocks
 
 
