@@ -151,9 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(len(hidden), own.columns):
             chunk, target, share = hidden[rows], targets[rows], weights[rows]
             if tensor.ranks is not None:
-                nll, grad_logits = _terms_over_ranks(
-                    chunk @ head.t(), target - own.first, share, own, tensor.ranks
-                )
+                nll, grad_logits = _terms_over_ranks(chunk @ head.t(), target - own.first, share, own, tensor.ranks)
             else:
                 nll, grad_logits = terms(chunk @ head.t(), target, share, num_tokens)
                 _set_target(grad_logits, target.unsqueeze(1), nll, share)
