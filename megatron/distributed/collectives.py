@@ -5,21 +5,22 @@ The pairs are those of Megatron-LM (Shoeybi et al., arXiv 1909.08053, section 3)
 (Korthikanti et al., arXiv 2205.05198, section 4.2.2): what is a copy forward is a sum backward, what is gathered
 forward is summed and scattered backward, and the other way round. Splits and gathers are along dimension 0.
 
-PyTorch's functional collectives do the work: they are operators of a compiled graph like any other, so a block that is
-cut over ranks is one graph, as a whole one is. (Graphs that end at each collective kept the host busy for longer than
-a GPU needs for the blocks of two billion parameters.)
+They are operators of our own, so that a block that is cut over ranks compiles to one graph, as a whole one does.
+(Graphs that end at each collective kept the host busy for longer than a GPU needs for the blocks of two billion
+parameters.)
+What follows needs the result, so each runs on the stream that computes: waiting for another stream, as PyTorch's
+functional collectives do, takes host and GPU longer. Those that have something to do beside them are in ``products``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed._functional_collectives  # registers the operators
+import torch.distributed as dist
 from torch import Tensor
-
-_functional = torch.ops._c10d_functional
+from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Ranks:
 
     name: str
     size: int
+
+
+def group_of(name: str) -> ProcessGroup:
+    """The group that :class:`Ranks` know by its name."""
+    return _resolve_process_group(cast(Any, name))  # newer releases have a type of their own for names
 
 
 def copy_to_ranks(x: Tensor, ranks: Ranks | None) -> Tensor:
@@ -50,50 +56,65 @@ def sum_and_scatter_rows(x: Tensor, ranks: Ranks | None) -> Tensor:
     return x if ranks is None else _Scatter.apply(x, ranks)
 
 
-def gathered_linear(x: Tensor, weight: Tensor, ranks: Ranks) -> Tensor:
-    """``gather_rows(x) @ weight^T``: x [n, in] of each rank, weight [out, in] -> [ranks * n, out].
-
-    Keeps only this rank's rows for the backward pass and gathers them again there: sequence parallelism is for memory.
-    """
-    out: Tensor = _GatheredLinear.apply(x, weight, ranks)
-    return out
-
-
 def all_reduce(x: Tensor, ranks: Ranks, operation: str = "sum") -> Tensor:
     """The ``operation`` ("sum", "max") of all ranks' ``x``, without gradients."""
-    return _done(_functional.all_reduce(x.contiguous(), operation, ranks.name))
+    out: Tensor = torch.ops.megatron.all_reduce(x, operation, ranks.name)
+    return out
 
 
 def all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     """[n, ...] of each rank -> [ranks * n, ...], without gradients."""
-    return _done(_functional.all_gather_into_tensor(x.contiguous(), ranks.size, ranks.name))
+    out: Tensor = torch.ops.megatron.all_gather(x, ranks.size, ranks.name)
+    return out
 
 
 def reduce_scatter(x: Tensor, ranks: Ranks) -> Tensor:
     """[n, ...] -> this rank's [n / ranks, ...] of the sum over ranks, without gradients."""
     assert x.shape[0] % ranks.size == 0, f"{x.shape[0]} rows over {ranks.size} ranks"
-    return _done(_functional.reduce_scatter_tensor(x.contiguous(), "sum", ranks.size, ranks.name))
-
-
-def _done(x: Tensor) -> Tensor:
-    """What follows on this device waits for the collective that makes ``x``."""
-    out: Tensor = _functional.wait_tensor(x)
+    out: Tensor = torch.ops.megatron.reduce_scatter(x, ranks.size, ranks.name)
     return out
 
 
-@torch.library.custom_op("megatron::all_gather_after", mutates_args=())
-def _all_gather_after(x: Tensor, after: Tensor, size: int, name: str) -> Tensor:
-    """:func:`all_gather`, which needs ``after`` but does not read it.
-
-    Told the gradient, the compiler cannot gather before the backward pass and keep the result, which it would otherwise
-    do: what it can compute forward and may not compute twice, it keeps.
-    """
-    return all_gather(x, Ranks(name, size))
+# Not ``custom_op``, whose checks take the host longer than such a message takes.
+torch.library.define("megatron::all_reduce", "(Tensor x, str operation, str name) -> Tensor")
+torch.library.define("megatron::all_gather", "(Tensor x, int size, str name) -> Tensor")
+torch.library.define("megatron::reduce_scatter", "(Tensor x, int size, str name) -> Tensor")
 
 
-@_all_gather_after.register_fake
-def _(x: Tensor, after: Tensor, size: int, name: str) -> Tensor:
-    return x.new_empty((x.shape[0] * size, *x.shape[1:]))
+@torch.library.impl("megatron::all_reduce", ("cpu", "cuda"))
+def _all_reduce(x: Tensor, operation: str, name: str) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation], group_of(name))
+    return out
+
+
+@torch.library.register_fake("megatron::all_reduce")
+def _(x: Tensor, operation: str, name: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.impl("megatron::all_gather", ("cpu", "cuda"))
+def _all_gather(x: Tensor, size: int, name: str) -> Tensor:
+    out = x.new_empty(x.shape[0] * size, *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group_of(name))
+    return out
+
+
+@torch.library.register_fake("megatron::all_gather")
+def _(x: Tensor, size: int, name: str) -> Tensor:
+    return x.new_empty(x.shape[0] * size, *x.shape[1:])
+
+
+@torch.library.impl("megatron::reduce_scatter", ("cpu", "cuda"))
+def _reduce_scatter(x: Tensor, size: int, name: str) -> Tensor:
+    out = x.new_empty(x.shape[0] // size, *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group_of(name))
+    return out
+
+
+@torch.library.register_fake("megatron::reduce_scatter")
+def _(x: Tensor, size: int, name: str) -> Tensor:
+    return x.new_empty(x.shape[0] // size, *x.shape[1:])
 
 
 class _Copy(torch.autograd.Function):
@@ -137,21 +158,3 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_gather(grad, ctx.ranks), None
-
-
-class _GatheredLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        ctx.save_for_backward(x, weight)
-        return all_gather(x, ranks) @ weight.t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        ranks: Ranks = ctx.ranks
-        grad_x = reduce_scatter(grad @ weight, ranks) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = grad.t() @ torch.ops.megatron.all_gather_after(x, grad, ranks.size, ranks.name)
-        return grad_x, grad_weight, None

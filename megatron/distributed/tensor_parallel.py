@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from megatron.distributed.collectives import (
     Ranks,
     copy_to_ranks,
-    gathered_linear,
     sum_and_scatter_rows,
     sum_over_ranks,
 )
 from megatron.distributed.fp8 import fp8_linear
+from megatron.distributed.products import column_product, row_product
 from megatron.distributed.topology import Topology
 
 
@@ -86,11 +86,11 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in], the same on every rank -> [..., out / size]; with sequence parallelism, [own tokens, in] ->
         [b * s, out / size]."""
-        ranks = self.tensor.token_ranks
-        if ranks is not None:
-            y = gathered_linear(x, self.weight, ranks)
-            return y if self.bias is None else y + self.bias
-        return _linear(self, copy_to_ranks(x, self.tensor.ranks), self.bias)
+        ranks = self.tensor.ranks
+        if ranks is None or _multiplies_in_fp8(self):
+            return _linear(self, copy_to_ranks(x, ranks), self.bias)
+        y = column_product(x, self.weight, ranks, self.tensor.sequence_parallel)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -109,15 +109,19 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in / size] -> [..., out], the same on every rank; with sequence parallelism -> [own tokens, out]."""
-        if self.tensor.ranks is None:
+        ranks = self.tensor.ranks
+        if ranks is None:
             return _linear(self, x, self.bias)
-        y = reduce_to_residual(_linear(self, x, None), self.tensor)
+        if _multiplies_in_fp8(self):
+            y = sum_over_ranks(_linear(self, x, None), ranks)
+        else:
+            y = row_product(x, self.weight, ranks, self.tensor.sequence_parallel)
         return y if self.bias is None else y + copy_to_ranks(self.bias, self.tensor.token_ranks)
 
     @property
     def is_one_product(self) -> bool:
         """Whether x W^T, in the dtype of x, is all there is to do now."""
-        return self.tensor.ranks is None and self.bias is None and not (self.trains_in_fp8 and self.training)
+        return self.tensor.ranks is None and self.bias is None and not _multiplies_in_fp8(self)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -236,9 +240,13 @@ def train_in_fp8(model: nn.Module) -> None:
             layer.trains_in_fp8 = True
 
 
+def _multiplies_in_fp8(layer: ColumnParallelLinear | RowParallelLinear) -> bool:
+    return layer.trains_in_fp8 and layer.training
+
+
 def _linear(layer: ColumnParallelLinear | RowParallelLinear, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight^T (+ bias)`` by this rank's part of ``layer``, in the dtype of x or in fp8."""
-    if not (layer.trains_in_fp8 and layer.training):
+    if not _multiplies_in_fp8(layer):
         return F.linear(x, layer.weight, bias)
     y = fp8_linear(x, layer.weight)
     return y if bias is None else y + bias

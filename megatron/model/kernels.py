@@ -27,6 +27,11 @@ if TRITON:
     import triton.language as tl
 
 
+SMALLEST_GAIN = 2.0**-60
+"""What a norm's gain nearer to 0 counts as: a factor that is not seen in any sum with others, and that can be divided
+by."""
+
+
 def in_compiled_code(x: Tensor) -> bool:
     """Whether what is being done with ``x`` is being compiled for a GPU, and so may call ``torch.ops.megatron``."""
     return takes(x) and torch.compiler.is_compiling()
@@ -163,12 +168,13 @@ if TRITON:
     @triton.jit
     def _branch_gradient_kernel(  # type: ignore[no-untyped-def]
         normal, gain, scales, grad_kept, grad_normal, out, partial, rows,
-        width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
+        width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr, smallest: tl.constexpr,
     ):
         """Rows ``program_id(0)``, and on in steps of the number of programs; of them, the gain's gradient too."""
         column = tl.arange(0, block)
         inside = column < width
         g = tl.load(gain + column, inside, 1.0).to(tl.float32)
+        g = tl.where(tl.abs(g) < smallest, smallest, g)
         grad_gain = tl.zeros((block,), tl.float32)
         for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=stages):
             at = tl.cast(row, tl.int64) * width + column
@@ -188,7 +194,8 @@ if TRITON:
     ) -> tuple[Tensor, Tensor]:
         """Gradient of hidden [..., h], and of the gain in parts [programs, h] fp32 that are yet to be summed.
 
-        normal [..., h] is hidden * scale [..., 1] * gain [h], scale in fp32 and no entry of the gain 0.
+        normal [..., h] is hidden * scale [..., 1] * gain [h], scale in fp32, where entries of the gain nearer to 0 than
+        ``SMALLEST_GAIN`` count as that.
         """
         normal, scale, grad_kept, grad_normal = (x.contiguous() for x in (normal, scale, grad_kept, grad_normal))
         out = torch.empty_like(normal)
@@ -202,7 +209,7 @@ if TRITON:
         stages = 3 if block * normal.element_size() <= 2**13 else 1
         torch.library.wrap_triton(_branch_gradient_kernel)[(programs,)](
             normal, gain, scale, grad_kept, grad_normal, out, partial, rows, width, block, stages,
-            num_warps=min(16, max(1, block // 512)),
+            SMALLEST_GAIN, num_warps=min(16, max(1, block // 512)),
         )
         return out, partial
 

@@ -19,7 +19,7 @@ from megatron.distributed.tensor_parallel import (
     TokenParallelLayerNorm,
     TokenParallelRMSNorm,
 )
-from megatron.model.kernels import in_compiled_code
+from megatron.model.kernels import SMALLEST_GAIN, in_compiled_code
 
 
 def build_norm(config: ModelConfig, tensor: TensorParallel = ALONE) -> nn.Module:
@@ -46,10 +46,6 @@ def branch(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return kept, normal
 
 
-SMALLEST_GAIN = 2.0**-60
-"""What a gain nearer to 0 counts as: a factor that is not seen in any sum with others, and that can be divided by."""
-
-
 class _Branch(torch.autograd.Function):
     """hidden [..., h], gain [h] -> (hidden, RMSNorm of it)."""
 
@@ -64,7 +60,7 @@ class _Branch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_kept: Tensor, grad_normal: Tensor) -> tuple[Tensor, Tensor, None]:
         normal, gain, scale = ctx.saved_tensors
-        grad, partial = torch.ops.megatron.branch_gradient(normal, _divisible(gain), scale, grad_kept, grad_normal)
+        grad, partial = torch.ops.megatron.branch_gradient(normal, gain, scale, grad_kept, grad_normal)
         return grad, partial.sum(dim=0).to(gain.dtype), None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,17 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+TALKING = {
+    "gathered_product", "scattered_product", "summed_product", "column_gradients", "all_gather", "reduce_scatter",
+    "all_reduce",
+}
+
+
 class Graphs:
     """A backend of ``torch.compile`` that notes the graphs it gets, forward and backward."""
 
     def __init__(self) -> None:
-        self.gathered: list[int] = []  # by every graph: how many collectives gather in it
+        self.messages: list[dict[str, int]] = []  # by every graph: operators that talk to other ranks, how many of each
         self.kept: list[bool] = []  # by every graph: whether something gathered leaves it
 
     def backend(self) -> Callable[..., Any]:
@@ -60,10 +67,13 @@ class Graphs:
         )
 
     def _note(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        gathers = [node for node in graph.graph.nodes if "all_gather" in str(node.target)]
-        waited = [user for node in gathers for user in node.users if "wait_tensor" in str(user.target)]
-        self.gathered.append(len(gathers))
-        self.kept.append(bool({*gathers, *waited} & {*graph.graph.output_node().args[0]}))
+        nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+        names = [node.target.__name__.removesuffix(".default") for node in nodes]
+        self.messages.append(Counter(name for name in names if name in TALKING))
+        made = [node for node, name in zip(nodes, names) if name == "all_gather"]
+        made += [user for node, name in zip(nodes, names) if name == "gathered_product"
+                 for user in node.users if user.args[1] == 1]
+        self.kept.append(bool({*made} & {*graph.graph.output_node().args[0]}))
         return make_boxed_func(graph.forward)
 
 
@@ -201,7 +211,7 @@ def main(store: str, report: str) -> None:
             if not sequence_parallel:
                 found["fp8"][kind] = compare_fp8(topology)
             found["dropout"][kind] = dropout(topology, sequence_parallel, hidden_dropout=0.3, attention_dropout=0.3)
-    found["gathered"], found["kept"] = GRAPHS.gathered, GRAPHS.kept
+    found["messages"], found["kept"] = GRAPHS.messages, GRAPHS.kept
     torch.save(found, Path(report))
     dist.destroy_process_group()
 

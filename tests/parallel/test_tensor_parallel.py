@@ -69,7 +69,9 @@ def test_dropout_agrees_where_it_must_and_differs_where_it_must(reports: list[An
 def test_a_compiled_block_is_one_graph_that_keeps_nothing_gathered(reports: list[Any]) -> None:
     """Forward it gathers the inputs of both column-parallel layers, and the one key/value head of which both ranks have
     a half. Backward it gathers those inputs again, instead of having kept them, and the gradients of both scattered
-    sums."""
+    sums. Gains of two norms have a gradient of all ranks' tokens."""
+    forward = {"gathered_product": 2, "scattered_product": 2, "all_gather": 1}
+    backward = {"gathered_product": 2, "column_gradients": 2, "reduce_scatter": 1, "all_reduce": 2}
     for report in reports:
-        assert report["gathered"] == [3, 4]
+        assert report["messages"] == [forward, backward]
         assert report["kept"] == [False, False]
