@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch.profiler import record_function
 
 from megatron.async_save import HostCopies
 from megatron.config import ModelConfig, RunConfig
+from megatron.deepspeed_bf16 import add_without_copies, is_bf16_optimizer, step_without_waiting
 from megatron.deepspeed_json import deepspeed_config, offloads_optimizer
 from megatron.deepspeed_save import save_engine
 from megatron.deepspeed_state import set_parameter
@@ -36,6 +38,23 @@ from megatron.optimizer import build_optimizer
 from megatron.trace_shares import OPTIMIZER
 
 
+class Reading:
+    """Numbers that a device may still be computing, on their way to the host."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def numbers(self) -> torch.Tensor:
+        """The numbers, on the CPU; waits until they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step as this rank saw it.
@@ -43,18 +62,28 @@ class StepResult:
     Attributes:
         loss: scalar tensor, mean over micro-batches of ``sum(nll * weights)``; on the device, not yet averaged over
         ranks. counted: scalar tensor, share of the positions that the loss is a mean over (1 unless
-        ``--eod-mask-loss``). grad_norm: global L2 norm of the averaged gradient before clipping, loss scale removed.
-        applied: False when the gradient was not finite and no parameter changed.
+        ``--eod-mask-loss``). norm: global L2 norm of the averaged gradient before clipping, loss scale removed.
+        skipped: what DeepSpeed says, None where the device decides by the norm (``step_without_waiting``).
         micro_losses: the loss of each micro-batch ``[m]``, with the sample ids ``[m, b]`` of each in ``sample_ids``;
             both empty but on one of the ranks that hold the replica.
     """
 
     loss: torch.Tensor
     counted: torch.Tensor
-    grad_norm: float
-    applied: bool
+    norm: Reading
+    skipped: bool | None
     micro_losses: list[torch.Tensor]
     sample_ids: list[torch.Tensor]
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm, once the device has made the step."""
+        return float(self.norm.numbers())
+
+    @property
+    def applied(self) -> bool:
+        """False when the gradient was not finite and no parameter changed; known once the device has made the step."""
+        return math.isfinite(self.grad_norm) if self.skipped is None else not self.skipped
 
 
 class Model(Protocol):
@@ -89,7 +118,12 @@ class Engine:
                 config=self.config,
                 dist_init_required=False,
             )
-        add_without_copies(self._engine.optimizer, torch.Tensor.add_ if config.parallel.compile is False else add_to)
+        optimizer, self._waits = self._engine.optimizer, True
+        if is_bf16_optimizer(optimizer):
+            add_without_copies(optimizer, torch.Tensor.add_ if config.parallel.compile is False else add_to)
+            self._waits = not step_without_waiting(optimizer)
+            if topology.data_parallel_size == 1:  # nothing to sum: neither engine needs to flatten and copy gradients
+                self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
 
     @property
     def model(self) -> Model:
@@ -102,8 +136,15 @@ class Engine:
         """fp16 loss scale; 1 otherwise."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if self._engine.fp16_enabled() else 1.0
 
-    def train_batch(self, batches: Iterator[Batch], micro_batches: int, learning_rate: float) -> StepResult:
-        """Accumulate the gradient of ``micro_batches`` batches, clip it, and step with ``learning_rate``."""
+    def train_batch(
+        self, batches: Iterator[Batch], micro_batches: int, learning_rate: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> StepResult:
+        """Accumulate the gradient of ``micro_batches`` batches, clip it, and step with ``learning_rate``.
+
+        ``meanwhile`` is called once the device has the first micro-batch to work at: what waits for the step before is
+        done there.
+        """
         engine = self._engine
         engine.module.train()
         self._prepare_step(micro_batches, learning_rate)
@@ -119,6 +160,8 @@ class Engine:
             loss = _forward(engine, batch)
             engine.backward(loss / micro_batches, scale_wrt_gas=False)
             losses.append(loss.detach())
+            if index == 0:
+                meanwhile()
         with record_function(OPTIMIZER):
             engine.step()
         return self._result(torch.stack(losses).mean(), torch.stack(counted).mean(), losses, sample_ids)
@@ -139,8 +182,8 @@ class Engine:
         micro_losses: list[torch.Tensor],
         sample_ids: list[torch.Tensor],
     ) -> StepResult:
-        norm, applied = self._engine.get_global_grad_norm(), self._engine.was_step_applied()
-        if not applied and offloads_optimizer(self.config):
+        norm, skipped = self._engine.get_global_grad_norm(), not self._engine.was_step_applied()
+        if skipped and offloads_optimizer(self.config):
             # DeepSpeed 0.19.8 forgets to: the next steps would add to a gradient that is not finite.
             gradients = getattr(self._engine.optimizer, "averaged_gradients", {})
             gradients.update(dict.fromkeys(gradients))
@@ -148,8 +191,8 @@ class Engine:
         return StepResult(
             loss=loss,
             counted=counted,
-            grad_norm=float("nan") if norm is None else float(norm),
-            applied=applied,
+            norm=Reading(torch.as_tensor(math.nan if norm is None else norm)),
+            skipped=skipped if self._waits else None,
             micro_losses=micro_losses if reports else [],
             sample_ids=sample_ids if reports else [],
         )
@@ -230,24 +273,6 @@ class Engine:
         with agree_on_error(topology):
             if problem is not None:
                 raise problem
-
-
-def add_without_copies(optimizer: Any, add: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
-    """Let DeepSpeed's ``BF16_Optimizer`` add bf16 gradients to its fp32 sums as they are, by ``add(sum, gradient)``. By
-    itself it makes an fp32 copy of each first, for the same sums to the bit; other optimizers are left alone."""
-    if not hasattr(optimizer, "fp32_groups_gradients"):
-        return
-
-    def update(parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
-        if parameter.grad is None:
-            return
-        parameter._hp_grad = optimizer.fp32_groups_gradients[group][index]
-        add(parameter._hp_grad, parameter.grad.view(parameter._hp_grad.shape))
-        optimizer.fp32_groups_has_gradients[group][index] = True
-        if clear_lp_grads:
-            parameter.grad.zero_()
-
-    optimizer._update_hp_grad = update
 
 
 def _forward(model: Any, batch: Batch, **options: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ First and last stage each read the batches for themselves; the stages between re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,11 +38,16 @@ class PipelinedEngine(Engine):
         super().__init__(model, config, topology, global_batch_size)
         self._trained_last = True  # the last call was train_batch
 
-    def train_batch(self, batches: Iterator[Batch], micro_batches: int, learning_rate: float) -> StepResult:
+    def train_batch(
+        self, batches: Iterator[Batch], micro_batches: int, learning_rate: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> StepResult:
         """Accumulate the gradient of ``micro_batches`` batches, clip it, and step with ``learning_rate``.
 
         ``loss`` of the result is known on every stage, ``counted`` on those that read batches (elsewhere 1).
+        ``meanwhile`` is called first: DeepSpeed runs the whole step in one call.
         """
+        meanwhile()
         self._prepare_step(micro_batches, learning_rate)
         self._expect_shapes_of(training=True)
         feed = _Feed(batches, self.topology, self._engine.module)

@@ -144,6 +144,7 @@ class Loop:
         self.metrics = metrics
         self.stop = stop
         self.interval = Interval()
+        self.launched: StepResult | None = None  # the last step, as long as nobody has asked what became of it
         # Validation loss of the current weights, and of the checkpoints that --keep-best keeps, lowest first.
         self.measured: tuple[int, Measurement] | None = None
         self.best_losses = [] if store is None else _validation_losses(store, run.progress.iteration)
@@ -183,7 +184,7 @@ class Loop:
                 self.finish_save()
             last = not self._another_step()
             if last or iteration % self.config.logging.log_interval == 0:
-                self.log()
+                self.close_interval()
             # Before the save of the same step, so that the checkpoint knows how good it is.
             if last or self._due(self.config.evaluation.eval_interval):
                 self.validate()
@@ -192,7 +193,8 @@ class Loop:
             reason = self.stop.should_stop(iteration)  # also after the last step: a kill switch is removed
         stream.close()
         self.profiler.finish()
-        self.log()
+        self.close_interval()
+        self.settle()
         self.save(wait=True)
         self.finish_save()
         self.metrics.meta("finished" if last else "stopped", self.progress.iteration, reason=reason)
@@ -206,23 +208,41 @@ class Loop:
         assert run.learning_rate is not None
         rate = run.learning_rate.at(progress.samples)
         count = micro_batches(self.config.batch.micro_batch_size, self.topology.data_parallel_size, size)
-        result = run.engine.train_batch(batches, count, rate)
+        result = run.engine.train_batch(batches, count, rate, meanwhile=self.settle)
         if any_rank(self.topology, batches.error is not None):
             with agree_on_error(self.topology):
                 if batches.error is not None:
                     raise batches.error
         progress.iteration += 1
         progress.samples += size
-        if result.applied:
-            self.bad_steps_in_a_row = 0
-            self.interval.add(result, rate, size)
-        else:
-            self._not_applied(result, rate, size)
+        self.launched = result
+        self.interval.begin(result, rate, size)
         self.metrics.progress(progress.iteration)
 
-    def _not_applied(self, result: StepResult, rate: float, size: int) -> None:
+    def settle(self) -> None:
+        """See what became of the last step, and write the log line that waits for it.
+
+        Called when the device has the first micro-batch of the next step to work at, so that it never waits for the
+        host to look; and before anything that needs to know.
+        """
+        result, self.launched = self.launched, None
+        if result is not None:
+            self.interval.end(result)
+            if result.applied:
+                self.bad_steps_in_a_row = 0
+            else:
+                self._not_applied(result)
+        if self.interval.is_closed:
+            self.log()
+
+    def close_interval(self) -> None:
+        """A log line is due: it is written when the last step has come to its end."""
+        if self.interval.steps and not self.interval.is_closed:
+            fp16 = self.config.optimizer.fp16
+            self.interval.close(self.topology, self.run.engine.loss_scale if fp16 else None)
+
+    def _not_applied(self, result: StepResult) -> None:
         """A step that changed nothing: fp16 found its loss scale too large, or loss or gradient is not finite."""
-        self.interval.add_skipped(rate, size)
         self.progress.skipped_steps += 1
         bad = [
             (float(loss), ids.tolist())
@@ -255,9 +275,7 @@ class Loop:
     def log(self) -> None:
         """Write what happened since the last log line."""
         interval, run = self.interval, self.run
-        if interval.steps == 0:
-            return
-        loss = interval.mean_loss(self.topology)  # waits for the device
+        loss = interval.mean_loss()
         seconds = interval.seconds()
         tokens_per_second = interval.samples * run.tokens_per_sample / seconds
         flops = tokens_per_second * run.flops_per_token / self.topology.world_size
@@ -270,13 +288,13 @@ class Loop:
                 lr=interval.rate,
                 grad_norm=interval.grad_norm,
                 batch_size=interval.batch_size,
-                loss_scale=run.engine.loss_scale if self.config.optimizer.fp16 else None,
+                loss_scale=interval.loss_scale,
                 seconds_per_step=seconds / interval.steps,
                 tokens_per_second=tokens_per_second,
                 tflops=flops / 1e12,
                 mfu=None if peak is None else flops / peak,
                 memory_gb=_peak_memory(self.topology.device),
-                skipped_steps=interval.steps - interval.applied,
+                skipped_steps=interval.applied.count(False),
                 nan_steps=interval.nan_steps,
             )
         )
@@ -285,6 +303,7 @@ class Loop:
     def validate(self) -> None:
         """Measure the current weights unless that was done, and save them if they are among the best."""
         run = self.run
+        self.settle()
         if run.validator is None or (self.measured is not None and self.measured[0] == self.progress.iteration):
             return
         measurement = self.measure("valid", run.validator)
@@ -325,6 +344,7 @@ class Loop:
         """Save a checkpoint unless this step has one. With ``--async-save`` and without ``wait``, only begin to."""
         if self.store is None or self.saved_at == self.progress.iteration:
             return
+        self.settle()
         self.finish_save()
         metadata, engine = self._metadata(), self.run.engine
         if metadata.validation is not None and math.isfinite(metadata.validation.loss):
