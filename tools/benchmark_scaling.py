@@ -8,6 +8,7 @@ a pipeline's stage waits for another counts as communication: NCCL receives in a
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the measured runs [bf16]")
     parser.add_argument("--scaling-objective", choices=("ar", "mdm"), default="mdm")
     parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--profile-dir", type=Path, help="keep traces of rank 0 here, a folder for each row and mode")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="further flags of these runs, last")
 
 
@@ -94,6 +96,8 @@ def _measure(
         return {"error": f"exit code {run.code}: {run.last_words}"}
     steps = read_metrics(directory / "metrics.jsonl", "train")
     profile = profiled(directory / "metrics.jsonl") or {"shares": {}, "collectives": None}
+    if arguments.profile_dir is not None:
+        shutil.copytree(directory / "profile", arguments.profile_dir / f"{name}-{mode.name}", dirs_exist_ok=True)
     return {
         **medians(steps[arguments.warmup : arguments.steps] or steps[:1]),
         "device_memory_gb": sorted(peaks.values(), reverse=True)[: 1 if mode is ALONE else machine.processes],

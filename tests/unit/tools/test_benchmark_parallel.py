@@ -16,6 +16,7 @@ import torch
 from megatron.arguments import parse_arguments
 from megatron.config_checks import resolve_for_world
 from megatron.errors import UserError
+from megatron.trace_shares import WINDOW, read_trace
 from tools import benchmark, benchmark_parallel
 from tools.benchmark_failures import ranks_of
 from tools.benchmark_modes import Machine, available_modes, machine_at_hand
@@ -152,7 +153,7 @@ def test_parity_and_scaling(tmp_path: Path, no_gpu: None, capsys: pytest.Capture
     code, rows = run(
         tmp_path,
         "--parts parity scaling --modes tp2-sequence --objectives ar --precisions fp32 --jobs 1 --models 7M:2 "
-        "--seq-length 32 --accumulation 2 --precision fp32 --steps 3 --warmup 1",
+        f"--seq-length 32 --accumulation 2 --precision fp32 --steps 3 --warmup 1 --profile-dir {tmp_path / 'traces'}",
     )
     assert code == 0, capsys.readouterr().out
     parity, alone, split = rows
@@ -163,6 +164,10 @@ def test_parity_and_scaling(tmp_path: Path, no_gpu: None, capsys: pytest.Capture
     assert split["efficiency"] == pytest.approx(split["tokens_per_second"] / alone["tokens_per_second"] / 2)
     assert split["communication"] > 0 and sum(split["shares"].values()) == pytest.approx(1)
     assert split["memory_gb"] > 0
+    for row in (alone, split):
+        traces = tmp_path / "traces" / f"7M-{row['mode']}"
+        assert json.loads((traces / "shares.json").read_text())["shares"] == row["shares"]
+        assert any(event["name"] == WINDOW for event in read_trace(traces / "trace.json.gz"))
 
 
 @pytest.mark.slow
