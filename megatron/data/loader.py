@@ -7,12 +7,13 @@ Everything is a function of sample numbers, so a resumed run begins at its numbe
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +26,11 @@ from megatron.errors import UserError
 from megatron.objectives.base import Batch, Objective
 
 PREFETCH = 4
-"""Micro-batches that each worker keeps ready."""
+"""Micro-batches that each worker keeps ready, at least."""
+
+MESSAGE_BYTES = 2**23
+"""Of several micro-batches that a worker hands over together. Each message costs the training process about a
+millisecond of Python (torch sends a file descriptor through a socket of its own), which small models feel."""
 
 _RUN_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
@@ -83,36 +88,47 @@ def evaluation_rows(num_windows: int, num_mc: int, micro_batch_size: int, dp_ran
 class BatchStream(Iterator[Batch]):
     """The batches of a plan, in its order. With workers they are made ahead, in processes that start at once.
 
-    An exception in a worker is raised here: a UserError as it was, anything else with the worker's traceback in its
-    message. Draws nothing from torch's global generator (a loader that did would move the dropout of a resumed run).
+    A batch that a worker could not make is made here, where the error is raised as it is. Draws nothing from torch's
+    global generator (a loader that did would move the dropout of a resumed run).
     """
 
-    def __init__(self, reader: _Reader, plan: Plan, num_workers: int, pin_memory: bool) -> None:
-        self._batches: Iterator[Batch | _Packed | _Failure]
+    def __init__(self, reader: _Reader, plan: Plan, micro_batch_size: int, num_workers: int, pin_memory: bool) -> None:
+        self._reader, self._pin_memory = reader, pin_memory
+        self._arrived: deque[Batch | Rows] = deque()
+        self._messages: Iterator[_Message | Rows]
         if num_workers == 0:
-            self._batches = (_pinned(reader[rows]) if pin_memory else reader[rows] for rows in plan())
+            self._messages = plan()
         else:
+            together = min(PREFETCH, max(1, MESSAGE_BYTES // (reader.bytes_of_row() * micro_batch_size)))
             loader = DataLoader(
-                reader, batch_size=None, sampler=_PlanSampler(plan), num_workers=num_workers, collate_fn=_pack,
-                pin_memory=pin_memory, prefetch_factor=PREFETCH, worker_init_fn=_start_worker,
-                generator=torch.Generator(),
+                _Messages(reader), batch_size=None, sampler=_PlanSampler(plan, together), num_workers=num_workers,
+                collate_fn=_pack, pin_memory=pin_memory, prefetch_factor=max(2, PREFETCH // together),
+                worker_init_fn=_start_worker, generator=torch.Generator(),
             )
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _RUN_SIGNALS)  # workers are born with them blocked
             try:
-                self._batches = iter(loader)
+                self._messages = iter(loader)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
-        if isinstance(batch, _Failure):
+        while not self._arrived:
+            message = next(self._messages)
+            self._arrived.extend([message] if isinstance(message, Rows) else message.unpack())
+        batch = self._arrived.popleft()
+        if isinstance(batch, Batch):
+            return batch
+        try:
+            made = self._reader[batch]
+        except Exception:
             self.close()  # now, not whenever the traceback that holds this stream is collected
-            raise batch.error
-        return batch.unpack() if isinstance(batch, _Packed) else batch
+            raise
+        return made.pin_memory() if self._pin_memory else made
 
     def close(self) -> None:
         """End the workers; also happens when the stream is dropped."""
-        self._batches = iter(())
+        self._messages = iter(())
+        self._arrived.clear()
 
 
 def build_train_loader(dataset: Dataset, objective: Objective, schedule: BatchSchedule, *, consumed_samples: int,
@@ -128,7 +144,7 @@ def build_train_loader(dataset: Dataset, objective: Objective, schedule: BatchSc
     def plan() -> Iterator[Rows]:
         return training_rows(schedule, consumed_samples, train_samples, micro_batch_size, dp_rank, dp_size)
 
-    return BatchStream(_Reader(dataset, objective), plan, num_workers, pin_memory)
+    return BatchStream(_Reader(dataset, objective), plan, micro_batch_size, num_workers, pin_memory)
 
 
 def build_eval_batches(dataset: Dataset, objective: Objective, *, num_windows: int, num_mc: int,
@@ -146,86 +162,110 @@ def build_eval_batches(dataset: Dataset, objective: Objective, *, num_windows: i
         return evaluation_rows(num_windows, num_mc, micro_batch_size, dp_rank, dp_size)
 
     reader = _Reader(dataset, objective)
-    for batch, rows in zip(BatchStream(reader, plan, num_workers, pin_memory), plan(), strict=True):
+    stream = BatchStream(reader, plan, micro_batch_size, num_workers, pin_memory)
+    for batch, rows in zip(stream, plan(), strict=True):
         assert rows.valid is not None
         yield batch, torch.from_numpy(rows.samples), torch.from_numpy(rows.valid)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A UserError on its way out of a worker (torch would wrap its one line into a traceback)."""
-
-    error: UserError
-
-
-class _Reader(torch.utils.data.Dataset[Batch | _Failure]):
-    """Rows -> batch: reads the tokens and lets the objective make the noise. One item is one micro-batch."""
+class _Reader:
+    """Rows -> batch: reads the tokens and lets the objective make the noise."""
 
     def __init__(self, dataset: Dataset, objective: Objective) -> None:
         self.dataset, self.objective = dataset, objective
 
-    def __getitem__(self, rows: Rows) -> Batch | _Failure:
-        try:
-            tokens = np.empty((len(rows.samples), self.dataset.seq_length + 1), np.int64)  # [b, s+1]
-            for i, sample in enumerate(rows.samples.tolist()):
-                if i > 0 and sample == rows.samples[i - 1]:
-                    tokens[i] = tokens[i - 1]
-                else:
-                    self.dataset.read_into(sample, tokens[i])
-        except UserError as error:
-            return _Failure(error)
+    def __getitem__(self, rows: Rows) -> Batch:
+        tokens = np.empty((len(rows.samples), self.dataset.seq_length + 1), np.int64)  # [b, s+1]
+        for i, sample in enumerate(rows.samples.tolist()):
+            if i > 0 and sample == rows.samples[i - 1]:
+                tokens[i] = tokens[i - 1]
+            else:
+                self.dataset.read_into(sample, tokens[i])
         mc_ids = None if rows.mc_ids is None else torch.from_numpy(rows.mc_ids)
         return self.objective.make_batch(torch.from_numpy(tokens), torch.from_numpy(rows.samples), mc_ids)
 
+    def bytes_of_row(self) -> int:
+        """What a row of a batch takes, masks and all."""
+        tokens = torch.zeros((1, self.dataset.seq_length + 1), dtype=torch.int64)
+        batch = self.objective.make_batch(tokens, torch.zeros(1, dtype=torch.int64))
+        return sum(tensor.nbytes for tensor in vars(batch).values() if tensor is not None)
 
-class _PlanSampler(Sampler[Rows]):
-    """What a DataLoader asks for "indices": the rows of the plan."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+class _Messages(torch.utils.data.Dataset["list[Batch | Rows]"]):
+    """What a worker makes at a time: batches, and the rows of those that it could not make."""
 
-    def __iter__(self) -> Iterator[Rows]:
-        return self._plan()
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, together: Sequence[Rows]) -> list[Batch | Rows]:
+        made: list[Batch | Rows] = []
+        for rows in together:
+            try:
+                made.append(self._reader[rows])
+            except Exception:  # raised again where it can be seen
+                made.append(rows)
+        return made
+
+
+class _PlanSampler(Sampler["list[Rows]"]):
+    """What a DataLoader asks for "indices": the rows of the plan, ``together`` at a time."""
+
+    def __init__(self, plan: Plan, together: int) -> None:
+        self._plan, self._together = plan, together
+
+    def __iter__(self) -> Iterator[list[Rows]]:
+        rows = self._plan()
+        while together := list(itertools.islice(rows, self._together)):
+            yield together
+
+
+Layout = tuple[tuple[str, torch.dtype, torch.Size, int], ...]
+"""(field, dtype, shape, first byte) of each tensor of a batch."""
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """A batch as one block of memory: torch hands each tensor of a worker over separately, about 1 ms a piece."""
+class _Message:
+    """Batches as one block of memory: torch hands each tensor of a worker over separately."""
 
     data: Tensor
     """[bytes] uint8"""
-    layout: tuple[tuple[str, torch.dtype, torch.Size, int], ...]
-    """(field, dtype, shape, first byte) of each tensor"""
+    parts: tuple[Layout | Rows, ...]
+    """Where the tensors of each batch are, or the rows of one that could not be made."""
 
-    def pin_memory(self, device: str | None = None) -> _Packed:
+    def pin_memory(self, device: str | None = None) -> _Message:
         """The same block in page-locked memory (the name that DataLoader looks for)."""
-        return _Packed(self.data.pin_memory(), self.layout)
+        return _Message(self.data.pin_memory(), self.parts)
 
-    def unpack(self) -> Batch:
-        """The batch; its tensors are views of the block."""
-        return Batch(**{name: self.data[first : first + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-                        for name, dtype, shape, first in self.layout})
+    def unpack(self) -> list[Batch | Rows]:
+        """The batches; their tensors are views of the block."""
+        return [part if isinstance(part, Rows) else Batch(**self._views(part)) for part in self.parts]
 
-
-def _pack(batch: Any) -> Any:
-    """Batch -> packed batch, in the worker; a failure stays what it is."""
-    if isinstance(batch, _Failure):
-        return batch
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    layout, size = [], 0
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            layout.append((name, tensor.dtype, tensor.shape, size))
-            size += -(-tensor.nbytes // 64) * 64  # views need their dtype's alignment
-    packed = _Packed(torch.empty(size, dtype=torch.uint8), tuple(layout))
-    for name, view in vars(packed.unpack()).items():
-        if view is not None:
-            view.copy_(tensors[name])
-    return packed
+    def _views(self, layout: Layout) -> dict[str, Tensor]:
+        return {name: self.data[first : first + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+                for name, dtype, shape, first in layout}
 
 
-def _pinned(batch: Batch | _Failure) -> Batch | _Failure:
-    return batch if isinstance(batch, _Failure) else batch.pin_memory()
+def _pack(batches: Sequence[Batch | Rows]) -> _Message:
+    """A worker's batches as they are sent."""
+    parts: list[Layout | Rows] = []
+    tensors: list[Tensor] = []
+    size = 0
+    for batch in batches:
+        if isinstance(batch, Rows):
+            parts.append(batch)
+            continue
+        layout = []
+        for name, tensor in vars(batch).items():
+            if tensor is not None:
+                tensors.append(tensor)
+                layout.append((name, tensor.dtype, tensor.shape, size))
+                size += -(-tensor.nbytes // 64) * 64  # views need their dtype's alignment
+        parts.append(tuple(layout))
+    message = _Message(torch.empty(size, dtype=torch.uint8), tuple(parts))
+    views = [view for part in parts if not isinstance(part, Rows) for view in message._views(part).values()]
+    for view, tensor in zip(views, tensors, strict=True):
+        view.copy_(tensor)
+    return message
 
 
 def _start_worker(worker: int) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.batch_schedule import BatchSchedule
+from megatron.data import loader
 from megatron.data.gpt_dataset import Dataset, GPTDataset, Order
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron.data.loader import build_eval_batches, build_train_loader, evaluation_rows, training_rows
@@ -131,6 +132,24 @@ def test_topology_changes_no_sample(dataset: GPTDataset) -> None:
                 assert torch.equal(batch.inputs, inputs[batch.sample_ids])
 
 
+def test_workers_send_several_batches_at_a_time_unless_they_are_large(
+    dataset: GPTDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of 8 positions takes 8 x (3 x 8 + 4) bytes, two numbers of its own, and the list of scored positions."""
+    schedule = BatchSchedule(16)
+    plain = list(train(dataset, masked_diffusion(schedule), schedule))
+    assert loader._Reader(dataset, masked_diffusion(schedule)).bytes_of_row() in range(8 * 28 + 12, 8 * 36 + 13)
+    packed: list[int] = []
+    unpack = loader._Message.unpack
+    monkeypatch.setattr(loader._Message, "unpack", lambda m: packed.append(len(m.parts)) or unpack(m))
+    for limit, together in ((2**23, [4] * 6), (2500, [2] * 12), (1, [1] * 24)):
+        monkeypatch.setattr(loader, "MESSAGE_BYTES", limit)
+        packed.clear()
+        found = list(train(dataset, masked_diffusion(schedule), schedule, num_workers=2))
+        assert packed == together
+        assert all(same(one, other) for one, other in zip(plain, found, strict=True))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_batches(dataset: GPTDataset, num_workers: int) -> None:
     raster = GPTDataset(dataset.indexed, dataset.documents, S, Order("raster"))
@@ -187,6 +206,7 @@ def test_errors_arrive_as_they_are(dataset: GPTDataset, num_workers: int) -> Non
     assert [next(batches).sample_ids[0].item() for _ in range(2)] == [0, 4]
     with pytest.raises(KeyError, match="a defect"):
         next(batches)
+    assert list(batches) == []  # what had come beside it is not delivered after it
     strange = GPTDataset(dataset.indexed, dataset.documents, S, dataset.order, num_tokens=90)
     batches = train(strange, masked_diffusion(BatchSchedule(8)), BatchSchedule(8), num_workers=num_workers)
     before = children()
@@ -228,7 +248,7 @@ class Slow(Autoregressive):
 
 dataset = GPTDataset(IndexedDataset(sys.argv[1]), range(50), 8, Order("exact", 96, seed=1))
 batches = build_train_loader(dataset, Slow(8, 96, False, Confinement(96, False, False)), BatchSchedule(4),
-                             consumed_samples=72, train_samples=96, micro_batch_size=4, num_workers=2)
+                             consumed_samples=48, train_samples=96, micro_batch_size=4, num_workers=2)
 next(batches)
 raise SystemExit(3)
 """
