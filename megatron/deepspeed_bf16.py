@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NOTHING = 1e-6
+EPSILON = 1e-6
 """What DeepSpeed adds to a norm before it divides by it."""
 
 
@@ -55,7 +55,7 @@ def step_without_waiting(optimizer: Any) -> bool:
         norm = _global_norm(optimizer)
         adam.found_inf = (~norm.isfinite()).float()
         if optimizer.clip_grad > 0:
-            adam.grad_scale = ((norm + NOTHING) / optimizer.clip_grad).clamp(min=1.0)  # what gradients are divided by
+            adam.grad_scale = ((norm + EPSILON) / optimizer.clip_grad).clamp(min=1.0)  # what gradients are divided by
         gradients = optimizer.fp32_groups_gradient_flat_partition
         for weights, gradient in zip(optimizer.fp32_groups_flat_partition, gradients, strict=True):
             weights.grad = gradient

@@ -118,10 +118,10 @@ class Engine:
                 config=self.config,
                 dist_init_required=False,
             )
-        optimizer, self._waits = self._engine.optimizer, True
+        optimizer, self._host_decides = self._engine.optimizer, True  # whether a step is applied
         if is_bf16_optimizer(optimizer):
             add_without_copies(optimizer, torch.Tensor.add_ if config.parallel.compile is False else add_to)
-            self._waits = not step_without_waiting(optimizer)
+            self._host_decides = not step_without_waiting(optimizer)
             if topology.data_parallel_size == 1:  # nothing to sum: neither engine needs to flatten and copy gradients
                 self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
 
@@ -192,7 +192,7 @@ class Engine:
             loss=loss,
             counted=counted,
             norm=Reading(torch.as_tensor(math.nan if norm is None else norm)),
-            skipped=skipped if self._waits else None,
+            skipped=skipped if self._host_decides else None,
             micro_losses=micro_losses if reports else [],
             sample_ids=sample_ids if reports else [],
         )

@@ -149,7 +149,7 @@ def _column_gradients(
     if sequence_parallel:
         every_x, coming = _start_gathering(x, size, name)
         partial = grad @ weight
-        grad_x = torch.empty_like(x)
+        grad_x = x.new_empty(x.shape)
         going = dist.reduce_scatter_tensor(grad_x, partial, group=group_of(name), async_op=True)
         coming.wait()
     else:
