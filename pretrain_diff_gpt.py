@@ -1,7 +1,7 @@
 """Pretrain a masked diffusion GPT: ``python pretrain_diff_gpt.py --help`` lists the flags."""
 
+from megatron.entry import main
 from megatron.initialize import leave
-from megatron.training import main
 
 if __name__ == "__main__":
     leave(main("mdm"))

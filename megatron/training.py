@@ -1,100 +1,35 @@
-"""Pretraining, to be read from top to bottom: set up, train, measure, save, stop."""
+"""Pretraining, to be read from top to bottom: prepare, train, measure, save, stop."""
 
 from __future__ import annotations
 
 import functools
 import math
-import multiprocessing
-import os
 import resource
-import sys
-import time
-from collections.abc import Sequence
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 
 from megatron import budget
-from megatron.arguments import parse_arguments
-from megatron.checkpointing import CheckpointError, CheckpointStore, PendingSave
+from megatron.checkpointing import CheckpointStore, PendingSave
 from megatron.config import RunConfig
-from megatron.config_checks import micro_batches, resolve_for_world
+from megatron.config_checks import micro_batches
 from megatron.data.loader import BatchStream, build_train_loader
 from megatron.data.lockstep import LockstepBatches
 from megatron.distributed.agreement import agree_on_error, any_rank, gather_objects
-from megatron.distributed.roll_call import is_lost_peer, roll_call
-from megatron.distributed.topology import Topology
 from megatron.engine import StepResult
 from megatron.errors import OneRankError, UserError
 from megatron.evaluation import Measurement, Validator
-from megatron.initialize import initialize, shut_down
 from megatron.interval import Interval
-from megatron.metrics import MetricsError, MetricsWriter, TrainRecord, ValidationRecord, metrics_path
+from megatron.metrics import MetricsWriter, TrainRecord, ValidationRecord, metrics_path
 from megatron.profiling import StepProfiler, in_words
-from megatron.run import Run, banner, set_up
+from megatron.run import Run, banner
 from megatron.run_metadata import CheckpointMetadata, Validation, describe_run
 from megatron.stopping import StopController
 from megatron.trace_shares import Shares
 
-EXIT_DONE: Final = 0
-EXIT_FAILED: Final = 1
-EXIT_WRONG_INPUT: Final = 2
-# A launcher ends all ranks when one ends: before they have met, the first one gets this long (seconds) to say why.
-HEAD_START: Final = 5.0
-
 
 class NotFinite(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-def main(objective: Literal["ar", "mdm"], argv: Sequence[str] | None = None) -> int:
-    """Run an entry point; returns its exit code: 0 done or stopped with a checkpoint, 1 failed, 2 wrong input."""
-    start_time = time.monotonic()
-    topology: Topology | None = None
-    try:
-        config = parse_arguments(objective, argv)
-        topology = initialize(config.parallel)
-        config = resolve_for_world(config, topology.world_size)
-        run = set_up(config, topology)
-        pretrain(run, start_time)
-        code = EXIT_DONE
-    except UserError as error:
-        code = _complain(error, EXIT_WRONG_INPUT, met=topology is not None)
-    except (CheckpointError, MetricsError, NotFinite) as error:
-        code = _complain(error, EXIT_FAILED)
-    except RuntimeError as error:
-        if topology is None or topology.world_size == 1 or not is_lost_peer(error):
-            raise
-        _leave_alone(error, topology)
-    shut_down()
-    return code
-
-
-def _leave_alone(error: RuntimeError, topology: Topology) -> NoReturn:
-    """Another process died or hangs: say which, and end without waiting for it."""
-    lost = roll_call(topology)
-    if topology.rank == min(set(range(topology.world_size)) - set(lost), default=topology.rank):
-        who = f"rank {', '.join(map(str, lost))} did not answer" if lost else "all ranks failed in it"
-        cause = str(error).splitlines()[0]
-        print(
-            f"error: a collective failed or took longer than --distributed-timeout-minutes: {who} ({cause}); the last "
-            "checkpoint is intact",
-            file=sys.stderr,
-            flush=True,
-        )
-    for child in multiprocessing.active_children():
-        child.terminate()  # loader workers
-    sys.stdout.flush()
-    os._exit(EXIT_FAILED)  # a usual exit would wait for the lost process
-
-
-def _complain(error: Exception, code: int, met: bool = True) -> int:
-    """Print one line; of several ranks that all failed alike only the first does. ``met``: they have a topology."""
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, OneRankError):  # the launcher's rank
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    elif not met:
-        time.sleep(HEAD_START)
-    return code
 
 
 def pretrain(run: Run, start_time: float) -> None:

@@ -127,7 +127,7 @@ def hold_writes(then: tuple[Callable[..., object], tuple[Any, ...]] | None = Non
 
 def call_main_twice(objective: str, first: list[str], second: list[str]) -> None:
     """Call ``main`` with a wrong command line, ``first``, and ``second``, and end the process with their sum."""
-    from megatron.training import main
+    from megatron.entry import main
 
     kind: Any = objective
     refused = main(kind, [])
@@ -179,11 +179,11 @@ def lose_rank(action: str, iteration: int, timeout: float) -> None:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
-    from megatron import initialize, training
+    from megatron import entry, initialize, training
 
     limit = datetime.timedelta(seconds=timeout)
     _set_pg_timeout(limit, dist.group.WORLD)  # the test's rendezvous was there first, without a limit
-    training.roll_call = functools.partial(training.roll_call, patience=timeout)
+    entry.roll_call = functools.partial(entry.roll_call, patience=timeout)
     build = initialize.build_topology
     initialize.build_topology = lambda tensor, pipeline, device, _: build(tensor, pipeline, device, limit)
     step = training.Loop.step

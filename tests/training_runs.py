@@ -140,7 +140,7 @@ class Launcher:
         self._context = multiprocessing.get_context("forkserver")
         # The last is what deepspeed.initialize() imports, and with it torch's compiler.
         self._context.set_forkserver_preload(
-            ["megatron.training", "training_faults", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
+            ["megatron.entry", "training_faults", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
         )
 
     def __call__(
