@@ -75,7 +75,7 @@ def reduce_scatter(x: Tensor, ranks: Ranks) -> Tensor:
     return out
 
 
-# Not ``custom_op``, whose checks take the host longer than such a message takes.
+# Not ``custom_op``, whose checks cost the host time at every call.
 torch.library.define("megatron::all_reduce", "(Tensor x, str operation, str name) -> Tensor")
 torch.library.define("megatron::all_gather", "(Tensor x, int size, str name) -> Tensor")
 torch.library.define("megatron::reduce_scatter", "(Tensor x, int size, str name) -> Tensor")

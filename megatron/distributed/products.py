@@ -85,7 +85,7 @@ class _RowProduct(torch.autograd.Function):
         return grad_x.view(x.shape), grad.t() @ x.reshape(-1, x.shape[-1]), None, None
 
 
-# Not ``custom_op``, whose checks take the host longer than these products take a GPU.
+# Not ``custom_op`` (see ``collectives``).
 torch.library.define(
     "megatron::gathered_product", "(Tensor x, Tensor weight, int size, str name) -> (Tensor, Tensor)"
 )

@@ -178,9 +178,13 @@ def test_no_step_asks_the_device(topology: Topology, monkeypatch: pytest.MonkeyP
 
 
 def test_something_else_is_done_while_the_first_micro_batch_is_under_way(topology: Topology) -> None:
-    read: list[int] = []
-    batches = make_batches(1)
-    stream = (batch for index, batch in enumerate(batches) if read.append(index) is None)
+    read: list[Batch] = []
     at: list[int] = []
-    build(topology).train_batch(stream, MICRO_BATCHES, 1e-2, meanwhile=lambda: at.append(len(read)))
+
+    def stream() -> Iterator[Batch]:
+        for batch in make_batches(1):
+            read.append(batch)
+            yield batch
+
+    build(topology).train_batch(stream(), MICRO_BATCHES, 1e-2, meanwhile=lambda: at.append(len(read)))
     assert at == [1] and len(read) == MICRO_BATCHES
