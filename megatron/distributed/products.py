@@ -6,6 +6,8 @@ multiply without the others, it multiplies while their part is on its way; what 
 - What is gathered and multiplied (a column-parallel layer's input, a row-parallel layer's gradient) is multiplied at
   this rank's own rows while the others' arrive.
 - What is multiplied and summed (a row-parallel layer's result) is made for the others and sent, then for itself.
+- What is summed and stays whole (a row-parallel layer's result, without sequence parallelism) is made in halves: one is
+  summed while the other is made.
 - A column-parallel layer's two gradients are made one after the other: inputs are gathered again during the first
   product, and what that makes is summed over ranks during the second.
 
@@ -23,6 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.distributed.collectives import Ranks, group_of
+
+HALVED_FROM = 16384
+"""Rows of a product that is worth making in halves: a message and a start cost time, however small they are."""
 
 
 def column_product(x: Tensor, weight: Tensor, ranks: Ranks, sequence_parallel: bool) -> Tensor:
@@ -170,8 +175,18 @@ def _(
 @torch.library.impl("megatron::summed_product", ("cpu", "cuda"))
 def _summed_product(x: Tensor, weight: Tensor, name: str) -> Tensor:
     """x [m, in], weight [in, out] -> the sum of all ranks' x @ weight [m, out]."""
-    out = x @ weight
-    dist.all_reduce(out, group=group_of(name))
+    group = group_of(name)
+    if len(x) < HALVED_FROM:
+        out = x @ weight
+        dist.all_reduce(out, group=group)
+        return out
+    out = x.new_empty(len(x), weight.shape[1])
+    coming = []
+    for rows, part in zip(x.tensor_split(2), out.tensor_split(2)):
+        torch.mm(rows, weight, out=part)
+        coming.append(dist.all_reduce(part, group=group, async_op=True))
+    for message in coming:
+        message.wait()
     return out
 
 

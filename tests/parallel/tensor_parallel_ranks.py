@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 
 from megatron.config import ModelConfig
+from megatron.distributed import products
 from megatron.distributed.collectives import all_gather
 from megatron.distributed.tensor_parallel import ALONE, TensorParallel, tensor_parallel, train_in_fp8
 from megatron.distributed.topology import Topology, build_topology
@@ -43,6 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "three key heads": ({"num_attention_heads": 12, "kv_channels": 4, "num_key_value_heads": 3}, ()),
     "recomputed": ({"checkpoint_activations": True} | GPT2, ("mask", "scored")),
     "padding only": ({}, ("few tokens",)),
+    "in halves": ({}, ("halves",)),
     "compiled": ({"num_layers": 1, "num_key_value_heads": 1}, ("scored", "compiled")),
 }
 
@@ -151,7 +154,8 @@ def compare(topology: Topology, sequence_parallel: bool, case: str) -> dict[str,
     """Largest relative difference between the cut and the whole model, by what was compared."""
     changes, extras = CASES[case]
     config = ModelConfig(**(SIZES | changes))
-    cut = losses_and_gradients(config, tensor_parallel(topology, sequence_parallel), extras)
+    with mock.patch.object(products, "HALVED_FROM", 8 if "halves" in extras else products.HALVED_FROM):
+        cut = losses_and_gradients(config, tensor_parallel(topology, sequence_parallel), extras)
     whole = losses_and_gradients(config, ALONE, extras)
 
     def difference(a: torch.Tensor, b: torch.Tensor) -> float:
