@@ -48,6 +48,11 @@ class ParallelConfig(Options):
         "compiled blocks keep about this share of their activations and recompute the cheapest of the rest [all]", None,
         at_least=0, at_most=1,
     )
+    attention_backend: str = option(
+        "attention in training, where batches bring no masks: flash (FlashAttention, a package of its own), fused "
+        "(PyTorch's), or auto: flash wherever it can be had",
+        "auto", choices=("auto", "flash", "fused"),
+    )
     seed: int = option("seed of weights, data order, noise and dropout", 1234, at_least=0, below=2**63)
 
     def _check(self) -> None:

@@ -25,8 +25,10 @@ from megatron.engine import Engine, gather_by_block, partitioned, whole_paramete
 from megatron.errors import UserError
 from megatron.evaluation import Validator
 from megatron.lr_schedule import LearningRateSchedule
+from megatron.model.flash_attention import VERSION as FLASH_VERSION
+from megatron.model.flash_attention import flash_obstacle
 from megatron.model.gpt import build_layers, initialize_weights, recipes
-from megatron.model.sharding import SequentialGPT, compile_blocks, describe_masks
+from megatron.model.sharding import SequentialGPT, compile_blocks, describe_masks, use_flash_attention
 from megatron.objectives import Objective, build_objective
 from megatron.pipelined_engine import PipelinedEngine, build_pipeline
 from megatron.run_metadata import changed_settings, check_compatible, git_commit, library_versions, world_layout
@@ -98,6 +100,7 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
     with agree_on_error(topology):
         if config.optimizer.fp8:
             require_fp8(topology.device)
+        _require_flash(config, topology)
         tokenizer = build_tokenizer(config.tokenizer)
         vocabulary = build_vocabulary(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
         check_vocabulary(config, vocabulary.padded_size)
@@ -122,7 +125,7 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
         engine = Engine(model, config, topology, first_batch)
     else:
         engine = PipelinedEngine(model, config, topology, first_batch)
-    remarks = _on_masks(config, model, topology)
+    remarks = [*_on_attention(config, topology), *_on_masks(config, model, topology)]
     progress = _load(config, topology, vocabulary, engine, remarks)
     return Run(
         config=config,
@@ -197,6 +200,8 @@ def build_model(
             model = SequentialGPT(build_layers(config.model, *sizes, causal, tensor), config.model)
     if config.optimizer.fp8:
         train_in_fp8(model)
+    if config.parallel.attention_backend != "fused" and _flash_obstacle(config, topology) is None:
+        use_flash_attention(model)
     divided = config.parallel.zero_stage == 3
     access = whole_parameter if divided else None
     initialize_weights(list(model.layers), config.model, config.parallel.seed, model.first_layer, access)
@@ -210,6 +215,34 @@ def build_model(
     elif config.parallel.activation_memory_budget is not None:
         raise UserError("--activation-memory-budget needs compiled blocks: add --compile, or drop it")
     return model
+
+
+def _flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
+    """Why this run does not train with FlashAttention, ``--attention-backend`` left aside; None if it does."""
+    if config.evaluation.skip_train:
+        return "it is for training"
+    if config.objective.reset_attention_mask:
+        return "it has no masks, and --reset-attention-mask gives every batch one"
+    half_precision = config.optimizer.bf16 or config.optimizer.fp16
+    return flash_obstacle(topology.device, half_precision, config.model.head_size, config.model.attention_dropout)
+
+
+def _require_flash(config: RunConfig, topology: Topology) -> None:
+    """Raise UserError where ``--attention-backend flash`` cannot be had."""
+    if config.parallel.attention_backend == "flash" and (obstacle := _flash_obstacle(config, topology)) is not None:
+        raise UserError(f"--attention-backend flash: {obstacle}; or use --attention-backend auto")
+
+
+def _on_attention(config: RunConfig, topology: Topology) -> list[str]:
+    """Which attention trains the model, on a GPU; on a CPU there is one."""
+    if topology.device.type != "cuda" or config.evaluation.skip_train:
+        return []
+    if config.parallel.attention_backend == "fused":
+        return ["attention: PyTorch's (--attention-backend fused)"]
+    obstacle = _flash_obstacle(config, topology)
+    if obstacle is not None:
+        return [f"attention: PyTorch's (not FlashAttention: {obstacle})"]
+    return [f"attention: FlashAttention {FLASH_VERSION} in training, PyTorch's in validation and for masks"]
 
 
 def _on_masks(config: RunConfig, model: SequentialGPT | PipelinedGPT, topology: Topology) -> list[str]:

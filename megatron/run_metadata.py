@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ import torch
 from megatron.config import ModelConfig, RunConfig, concern_types
 from megatron.config_record import to_dict
 from megatron.errors import UserError
+from megatron.model.flash_attention import PACKAGE as FLASH
 from megatron.options import flag_of
 from megatron.version import __version__
 
@@ -196,13 +198,15 @@ def world_layout(topology: Topology) -> dict[str, int]:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions that results may depend on."""
+    """Return the versions that results may depend on; FlashAttention's where it is installed."""
     versions = {"megatron": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("deepspeed", "numpy", "tokenizers"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions[FLASH] = importlib.metadata.version(FLASH)
     return versions | {"cuda": torch.version.cuda or "none"}
 
 

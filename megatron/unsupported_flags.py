@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-_ALWAYS_FUSED = "attention always goes through scaled_dot_product_attention: drop it"
+_ALWAYS_FUSED = "attention is always fused (--attention-backend says by whom): drop it"
 _NO_KERNELS = "there are no hand-written kernels to switch: drop it, or choose with --compile/--no-compile"
 _ONE_MODEL = "there is one model implementation: drop it"
 _LONG_SEQUENCES = "not supported: for long sequences use --micro-batch-size 1 and --checkpoint-activations"

@@ -1,9 +1,13 @@
 """Multi-head self-attention with grouped queries (Ainslie et al., arXiv 2305.13245), through PyTorch's fused SDPA.
 
-Batches with masks go through FlexAttention where it can serve (see ``masks``).
+Batches with masks go through FlexAttention where it can serve (see ``masks``); those without, in training, through
+FlashAttention where a run chooses it (see ``flash_attention``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +24,9 @@ from megatron.distributed.tensor_parallel import (
     TensorParallel,
     differs_by_rank,
 )
+from megatron.model.flash_attention import flash_attention
 from megatron.model.masks import BlockMaskMaker, Mask, block_mask, dense_mask, flex_obstacle
-from megatron.model.rope import rotary_table, split_heads
+from megatron.model.rope import rotary_table, split_heads, turn_heads
 
 
 class Attention(nn.Module):
@@ -50,6 +55,7 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         self.recompute = config.recompute is not None and config.recompute[0] == "selective"
         self.make_block_mask: BlockMaskMaker | None = None  # compiled, once this layer is
+        self.flash = False  # FlashAttention, where there is a backward pass and no mask
         bias = not config.disable_bias_linear
         projected = config.num_attention_heads * self.head_size
         features = projected + 2 * config.num_kv_heads * self.head_size
@@ -100,12 +106,19 @@ class Attention(nn.Module):
         table = None
         if self.rotary:
             table = places if places.is_floating_point() else rotary_table(places, self.head_size, self.theta)
-        query, key, value = split_heads(heads, (self.num_heads, self.num_kv_heads), table)
-        if self.recompute and self.training and hidden.requires_grad:
-            context: Tensor = checkpoint(self._attend, query, key, value, attention_mask,
-                                         use_reentrant=False, preserve_rng_state=self.dropout > 0)
-            return context
-        return self._attend(query, key, value, attention_mask)
+        if self.flash and attention_mask is None and heads.requires_grad:
+            turned = turn_heads(heads, self.num_heads + self.num_kv_heads, table)
+            return self._maybe_recomputed(self._attend_flash, turned)
+        parts = split_heads(heads, (self.num_heads, self.num_kv_heads), table)
+        return self._maybe_recomputed(self._attend, *parts, attention_mask)
+
+    def _maybe_recomputed(self, attend: Callable[..., Tensor], heads: Tensor, *others: Any) -> Tensor:
+        if not (self.recompute and self.training and heads.requires_grad):
+            return attend(heads, *others)
+        context: Tensor = checkpoint(
+            attend, heads, *others, use_reentrant=False, preserve_rng_state=self.dropout > 0
+        )
+        return context
 
     def _with_whole_kv_heads(self, projected: Tensor) -> Tensor:
         """[b, s, q d + 2 shares of kv d] -> [b, s, (q + 2 q) d]: a key and a value head for each query head."""
@@ -117,6 +130,10 @@ class Attention(nn.Module):
         first = self.tensor.rank * self.num_heads
         needed = torch.arange(first, first + self.num_heads, device=heads.device) // self.group_size  # [q]
         return torch.cat((query, heads.index_select(3, needed).flatten(2)), dim=-1)
+
+    def _attend_flash(self, heads: Tensor) -> Tensor:
+        """[b, s, q + 2 kv, head_size] -> [b, s, q * head_size]."""
+        return flash_attention(heads, (self.num_heads, self.num_kv_heads), self.causal).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask | None) -> Tensor:
         """[b, s, heads, head_size] each -> [b, s, heads * head_size]."""

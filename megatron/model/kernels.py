@@ -102,25 +102,27 @@ if TRITON:
 
     @triton.jit
     def _rotate_heads_kernel(  # type: ignore[no-untyped-def]
-        heads, table, count: tl.constexpr, total: tl.constexpr, half: tl.constexpr,
+        heads, table, count: tl.constexpr, back: tl.constexpr, total: tl.constexpr, half: tl.constexpr,
         count_block: tl.constexpr, half_block: tl.constexpr,
     ):
-        """One position: its first ``count`` heads of ``total``, in their place."""
+        """One position: its first ``count`` heads of ``total``, in their place, turned forth or ``back``."""
         position = tl.program_id(0).to(tl.int64)
         feature = tl.arange(0, half_block)
         cos = tl.load(table + position * (2 * half) + feature, feature < half)[None, :]
         sin = tl.load(table + position * (2 * half) + half + feature, feature < half)[None, :]
         heads += position * (total * 2 * half)
-        _turn_back(heads, heads, cos, -sin, tl.arange(0, count_block), feature, 2 * half, count, half)
+        sin = sin if back else -sin
+        _turn_back(heads, heads, cos, sin, tl.arange(0, count_block), feature, 2 * half, count, half)
 
     @torch.library.triton_op("megatron::rotate_heads_", mutates_args={"heads"})
-    def _rotate_heads(heads: Tensor, count: int, table: Tensor) -> None:
-        """Rotate the first ``count`` heads of [b, s, n, head_size], contiguous, by the angles of ``table``."""
+    def _rotate_heads(heads: Tensor, count: int, table: Tensor, back: bool) -> None:
+        """Rotate the first ``count`` heads of [b, s, n, head_size], contiguous, by the angles of ``table``, or by minus
+        these angles (``back``)."""
         assert heads.is_contiguous()
         batch, length, total, size = heads.shape
         blocks = (triton.next_power_of_2(n) for n in (count, size // 2))
         torch.library.wrap_triton(_rotate_heads_kernel)[(batch * length,)](
-            heads, table.contiguous(), count, total, size // 2, *blocks
+            heads, table.contiguous(), count, back, total, size // 2, *blocks
         )
 
     @triton.jit

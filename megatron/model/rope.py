@@ -5,7 +5,8 @@ head_size). Angles come from the positions of the batch, not from the place in t
 or restart at each document. Nothing here is stored in a checkpoint.
 
 In code compiled for a GPU, kernels of our own (``kernels``) turn queries and keys in their place, beside the values, so
-that nothing is kept twice, and put the gradients of all three side by side, turned back.
+that nothing is kept twice. The gradients of all three are put side by side, turned back, or turned back in their place
+where they already are (``flash_attention``).
 """
 
 from __future__ import annotations
@@ -53,22 +54,48 @@ def split_heads(heads: Tensor, counts: tuple[int, int], table: Tensor | None) ->
     if in_compiled_code(heads):
         out: Heads = _SplitHeads.apply(heads, query, key, table)
         return out
-    return _split_heads(heads, query, key, table)
-
-
-def _split_heads(heads: Tensor, query: int, key: int, table: Tensor) -> Heads:
     # Queries and keys stand next to each other and turn by the same angles: one call for both.
     both, value = heads.split((query + key, key), dim=2)
     return *rotate(both, table).split((query, key), dim=2), value
+
+
+def turn_heads(heads: Tensor, count: int, table: Tensor | None) -> Tensor:
+    """``heads`` [b, s, n, head_size], the first ``count`` rotated by the angles of ``table`` [b, s, head_size] if there
+    is one."""
+    if table is None:
+        return heads
+    if in_compiled_code(heads):
+        out: Tensor = _TurnHeads.apply(heads, count, table)
+        return out
+    turning, others = heads.split((count, heads.shape[2] - count), dim=2)
+    return torch.cat((rotate(turning, table), others), dim=2)
+
+
+def _turned(heads: Tensor, count: int, table: Tensor, back: bool) -> Tensor:
+    # The compiler leaves the copy out where nothing else reads the heads.
+    turned = heads.clone(memory_format=torch.contiguous_format)
+    torch.ops.megatron.rotate_heads_(turned, count, table, back)
+    return turned
+
+
+class _TurnHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, count: int, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        ctx.count = count
+        return _turned(heads, count, table, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (table,) = ctx.saved_tensors
+        return _turned(grad, ctx.count, table, back=True), None, None
 
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, query: int, key: int, table: Tensor) -> Heads:
         ctx.save_for_backward(table)
-        turned = heads.clone()  # which the compiler leaves out where nothing else reads them
-        torch.ops.megatron.rotate_heads_(turned, query + key, table)
-        out: Heads = turned.split((query, key, key), dim=2)
+        out: Heads = _turned(heads, query + key, table, back=False).split((query, key, key), dim=2)
         return out
 
     @staticmethod

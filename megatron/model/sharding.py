@@ -197,6 +197,14 @@ def compile_blocks(
             module.at_once = narrow_head
 
 
+def use_flash_attention(model: Runs) -> None:
+    """Let attention go through FlashAttention where there is a backward pass and no mask. Call it before
+    :func:`compile_blocks`."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.flash = True
+
+
 def describe_masks(model: Runs, device: torch.device, length: int, training: bool) -> str:
     """Which attention a batch's masks of ``length`` positions go through, and why not the faster one."""
     attention = next(module for module in model.modules() if isinstance(module, Attention))

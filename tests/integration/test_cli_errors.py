@@ -126,6 +126,10 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "too little to train on": ("--train-iters 0 --train-samples 4", ("--train-iters 0",)),
     "fp8 without a GPU": ("--bf16 --fp8", ("--fp8 needs a GPU: leave it out",)),
     "fp8 without bf16": ("--fp8", ("--fp8 needs --bf16",)),
+    "FlashAttention without a GPU": (
+        "--attention-backend flash", ("--attention-backend flash: it needs a GPU; or use --attention-backend auto",)
+    ),
+    "no such attention": ("--attention-backend unfused", ("--attention-backend", "unfused", "auto", "flash", "fused")),
     "sequence too long": ("--seq-length 64", ("--seq-length 64", "--max-position-embeddings")),
     "flag without its value": ("--save", ("--save",)),
     "empty flag": ("--save=", ("--save is empty",)),

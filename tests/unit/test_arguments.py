@@ -135,7 +135,7 @@ def test_missing_flags_are_all_named() -> None:
         ("--learning-rte=3", ["--learning-rte is no flag"]),
         ("--zzzzqqqq", ["--zzzzqqqq", "--help"]),
         ("--seq 64", ["--seq is no flag"]),  # abbreviations are refused
-        ("--use-flash-attn", ["--use-flash-attn", "scaled_dot_product_attention"]),
+        ("--use-flash-attn", ["--use-flash-attn", "--attention-backend"]),
         ("--num-experts 8", ["--num-experts", "dense"]),
         ("--DDP-impl local", ["--DDP-impl", "DeepSpeed"]),
         ("--context-parallel-size 2", ["--context-parallel-size", "--checkpoint-activations"]),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.library import _scoped_library
 
 from megatron.config import ModelConfig
 from megatron.model.gpt import build_layers, initialize_weights
@@ -36,6 +38,43 @@ def make_model(make_config: Callable[..., ModelConfig]) -> Callable[..., Sequent
         return SequentialGPT(layers, config).to(dtype)
 
     return make
+
+
+def plain_attention(heads: Tensor, queries: int, keys: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d)) v written out: what ``megatron::flash_attention`` says it returns."""
+    query, key, value = (x.transpose(1, 2) for x in heads.split((queries, keys, keys), dim=2))
+    key, value = (x.repeat_interleave(queries // keys, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) / heads.shape[-1] ** 0.5  # [b, queries, s, s]
+    if causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2).contiguous(), scores.logsumexp(dim=-1)
+
+
+def plain_gradient(
+    grad: Tensor, heads: Tensor, out: Tensor, logsumexp: Tensor, queries: int, keys: int, causal: bool
+) -> Tensor:
+    """PyTorch's, of :func:`plain_attention`."""
+    with torch.enable_grad():
+        heads = heads.detach().requires_grad_()
+        return torch.autograd.grad(plain_attention(heads, queries, keys, causal)[0], heads, grad)[0]
+
+
+@pytest.fixture
+def flash_on_cpu() -> Iterator[set[str]]:
+    """FlashAttention's operators on a CPU, in plain PyTorch; the names of those that were called."""
+    called: set[str] = set()
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def operator(*arguments: Any) -> Any:
+            called.add(name)
+            return function(*arguments)
+
+        return operator
+
+    with _scoped_library("megatron", "FRAGMENT") as library:
+        for name, function in (("flash_attention", plain_attention), ("flash_attention_gradient", plain_gradient)):
+            library.impl(name, recorded(name, function), "CPU")
+        yield called
 
 
 @pytest.fixture

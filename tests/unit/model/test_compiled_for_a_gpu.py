@@ -16,11 +16,11 @@ from torch.library import _scoped_library
 
 from megatron.model import kernels, norm, residual, rope, swiglu
 from megatron.model.rope import rotate
-from megatron.model.sharding import SequentialGPT, compile_blocks
+from megatron.model.sharding import SequentialGPT, compile_blocks, use_flash_attention
 
 Make = Callable[..., SequentialGPT]
 SCHEMAS = {
-    "rotate_heads_": "(Tensor(a!) heads, SymInt count, Tensor table) -> ()",
+    "rotate_heads_": "(Tensor(a!) heads, SymInt count, Tensor table, bool back) -> ()",
     "split_heads_gradient": "(Tensor query, Tensor key, Tensor value, Tensor table) -> Tensor",
     "branch_gradient":
         "(Tensor normal, Tensor gain, Tensor scale, Tensor grad_kept, Tensor grad_normal) -> (Tensor, Tensor)",
@@ -28,15 +28,20 @@ SCHEMAS = {
 }
 
 
-def rotate_heads(heads: Tensor, count: int, table: Tensor) -> None:
+def opposite(table: Tensor) -> Tensor:
+    """The table of minus its angles."""
+    cos, sin = table.chunk(2, dim=-1)
+    return torch.cat((cos, -sin), dim=-1)
+
+
+def rotate_heads(heads: Tensor, count: int, table: Tensor, back: bool) -> None:
     """Turn the first heads in their place."""
-    heads[:, :, :count] = rotate(heads[:, :, :count], table)
+    heads[:, :, :count] = rotate(heads[:, :, :count], opposite(table) if back else table)
 
 
 def split_heads_gradient(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
     """Turned back by the opposite angles, side by side."""
-    cos, sin = table.chunk(2, dim=-1)
-    back = torch.cat((cos, -sin), dim=-1)
+    back = opposite(table)
     return torch.cat((rotate(query, back), rotate(key, back), value), dim=2)
 
 
@@ -65,7 +70,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "branch_gradient": branch_gradient, "swiglu_gradient": swiglu_gradient,
 }  # fmt: skip
 FAKES: dict[str, Callable[..., Any]] = {
-    "rotate_heads_": lambda heads, count, table: None,
+    "rotate_heads_": lambda heads, count, table, back: None,
     "split_heads_gradient": lambda query, key, value, table: query.new_empty(
         *query.shape[:2], query.shape[2] + 2 * key.shape[2], query.shape[3]
     ),
@@ -96,13 +101,14 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
 @pytest.mark.skipif(kernels.TRITON, reason="the operators are the kernels here")
 @pytest.mark.parametrize("scored", [None, 24])
+@pytest.mark.parametrize("flash", [False, True], ids=["SDPA", "FlashAttention"])
 @pytest.mark.parametrize(("changes", "one_by_one"), [
     ({}, False), ({}, True), ({"checkpoint_activations": True}, False), ({"num_key_value_heads": 2}, False),
     ({"recompute_granularity": "selective"}, False), ({"hidden_dropout": 1e-9}, True),
 ], ids=["one graph", "block by block", "recomputed", "grouped heads", "selective", "dropout"])
 def test_loss_and_gradients_are_those_of_plain_blocks(
-    make_model: Make, batch: dict[str, Tensor], called: set[str], changes: dict[str, Any], one_by_one: bool,
-    scored: int | None,
+    make_model: Make, batch: dict[str, Tensor], called: set[str], flash_on_cpu: set[str], changes: dict[str, Any],
+    one_by_one: bool, flash: bool, scored: int | None,
 ) -> None:  # fmt: skip
     torch.compiler.reset()
     if scored is not None:
@@ -116,6 +122,8 @@ def test_loss_and_gradients_are_those_of_plain_blocks(
                 if "norm" in name:
                     parameter.copy_(0.5 + torch.rand(parameter.shape, generator=torch.Generator().manual_seed(3)))
         if compiled:
+            if flash:
+                use_flash_attention(model)
             compile_blocks(model, one_by_one=one_by_one)
         for _ in range(2):  # the second time from the same memory
             loss = model(**batch, scored=rows)
@@ -123,4 +131,6 @@ def test_loss_and_gradients_are_those_of_plain_blocks(
         results.append([loss.detach(), *found])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other, one, rtol=2e-4, atol=2e-6)
-    assert called == set(SCHEMAS)
+    # FlashAttention's gradients are side by side already.
+    assert called == set(SCHEMAS) - ({"split_heads_gradient"} if flash else set())
+    assert flash_on_cpu == ({"flash_attention", "flash_attention_gradient"} if flash else set())
