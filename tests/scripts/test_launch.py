@@ -43,6 +43,12 @@ sys.exit(max(rank.wait() for rank in ranks))
 SUPERVISE = 'source examples_training/launch.sh; code=0; supervise "$@" || code=$?; echo "$STOPPED_BY"; exit "$code"'
 
 
+def _as_from_a_terminal() -> None:
+    """nohup and background jobs begin with these ignored, and bash traps no signal that it began with ignored."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Supervised:
     """``supervise`` with the launcher and the ranks above."""
 
@@ -55,6 +61,7 @@ class Supervised:
         self.process = subprocess.Popen(
             ["bash", "-c", SUPERVISE, "bash", python, "launcher", "rank.py", *arguments],
             cwd=self.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=_as_from_a_terminal,
         )  # fmt: skip
         self.wait_for("started_0", "started_1")
 
