@@ -223,8 +223,13 @@ def _flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
         return "it is for training"
     if config.objective.reset_attention_mask:
         return "it has no masks, and --reset-attention-mask gives every batch one"
-    half_precision = config.optimizer.bf16 or config.optimizer.fp16
-    return flash_obstacle(topology.device, half_precision, config.model.head_size, config.model.attention_dropout)
+    return flash_obstacle(
+        device=topology.device,
+        half_precision=config.optimizer.bf16 or config.optimizer.fp16,
+        head_size=config.model.head_size,
+        length=config.batch.seq_length,
+        dropout=config.model.attention_dropout,
+    )
 
 
 def _require_flash(config: RunConfig, topology: Topology) -> None:

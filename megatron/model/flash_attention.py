@@ -24,6 +24,8 @@ from torch.utils.flop_counter import register_flop_formula
 PACKAGE: Final = "flash-attn-4"
 VERSION: Final = "4.0.0b36"
 HEAD_SIZES: Final = range(32, 129, 32)
+SHORTEST: Final = 64
+"""Positions of the shortest sequences that were compared with attention written out."""
 
 
 def flash_attention(heads: Tensor, counts: tuple[int, int], causal: bool) -> Tensor:
@@ -33,8 +35,13 @@ def flash_attention(heads: Tensor, counts: tuple[int, int], causal: bool) -> Ten
     return out
 
 
-def flash_obstacle(device: torch.device, half_precision: bool, head_size: int, dropout: float) -> str | None:
-    """Why FlashAttention cannot serve a training run, in words; None if it can. ``dropout`` is attention's."""
+def flash_obstacle(
+    *, device: torch.device, half_precision: bool, head_size: int, length: int, dropout: float
+) -> str | None:
+    """Why FlashAttention cannot serve a training run on sequences of ``length`` tokens, in words; None if it can.
+
+    ``dropout`` is attention's.
+    """
     if device.type != "cuda":
         return "it needs a GPU"
     if (found := torch.cuda.get_device_capability(device))[0] != 9:
@@ -49,6 +56,8 @@ def flash_obstacle(device: torch.device, half_precision: bool, head_size: int, d
             f"it takes heads of {HEAD_SIZES.start} to {HEAD_SIZES[-1]} features in steps of {HEAD_SIZES.step}, and "
             f"these have {head_size}"
         )
+    if length < SHORTEST:
+        return f"it is used from {SHORTEST} positions on"
     return _package_obstacle()
 
 

@@ -20,7 +20,7 @@ from tests.unit.model.conftest import plain_attention
 Make = Callable[..., SequentialGPT]
 BOTH = {"flash_attention", "flash_attention_gradient"}
 USABLE: dict[str, Any] = {
-    "device": torch.device("cuda"), "half_precision": True, "head_size": 128, "dropout": 0.0,
+    "device": torch.device("cuda"), "half_precision": True, "head_size": 128, "length": 2048, "dropout": 0.0,
 }  # fmt: skip
 
 
@@ -57,6 +57,8 @@ def _forget_the_package() -> Any:
     ({"half_precision": False}, "it needs --bf16 or --fp16"),
     ({"dropout": 0.1}, "it has no dropout, and there is --attention-dropout 0.1"),
     ({"head_size": 16}, "it takes heads of 32 to 128 features in steps of 32, and these have 16"),
+    ({"length": 64}, None),
+    ({"length": 63}, "it is used from 64 positions on"),
     ({"head_size": 160}, "these have 160"),
     ({"head_size": 80}, "these have 80"),
 ])  # fmt: skip
@@ -147,7 +149,7 @@ def package() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("dtype", "counts", "length", "size"), [
     (torch.bfloat16, (3, 3), 256, 128), (torch.float16, (10, 2), 100, 64), (torch.bfloat16, (4, 1), 333, 32),
-    (torch.bfloat16, (3, 3), 64, 96),
+    (torch.bfloat16, (3, 3), 64, 96), (torch.bfloat16, (4, 4), 64, 32),
 ])  # each is compiled anew, for some seconds
 def test_the_package_equals_attention_written_out(
     dtype: torch.dtype, causal: bool, counts: tuple[int, int], length: int, size: int
@@ -197,9 +199,14 @@ def test_compiled_model_is_within_bf16_noise(
 ) -> None:
     """As far from fp32 as the compiled model with SDPA, loss and gradients, and without waiting for the GPU."""
     torch.compiler.reset()
-    batch["weights"].view(-1)[24:] = 0
-    batch = {name: value.cuda() for name, value in (batch | {"scored": torch.arange(24)}).items()}
-    wide = {"hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 192, "init_method_std": 0.05}
+    batch = {name: value.repeat(1, 4).cuda() for name, value in batch.items()}  # rows of 64 positions
+    batch["positions"] = torch.arange(64, device="cuda").repeat(3, 1)
+    batch["weights"].view(-1)[96:] = 0
+    batch["scored"] = torch.arange(96, device="cuda")
+    wide = {
+        "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 192, "init_method_std": 0.05,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
     results = []
     for dtype, flash in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         model = make_model(False, dtype, **wide, **changes).cuda()
