@@ -17,7 +17,7 @@ from megatron.config import RunConfig
 from megatron.config_checks import check_vocabulary
 from megatron.config_record import describe
 from megatron.data import Dataset, build_dataset, describe_helpers
-from megatron.distributed.agreement import agree_on_error
+from megatron.distributed.agreement import agree_on_error, gather_objects
 from megatron.distributed.fp8 import require_fp8
 from megatron.distributed.tensor_parallel import tensor_parallel, train_in_fp8
 from megatron.distributed.topology import Topology
@@ -97,10 +97,10 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
     global_batch_size = config.batch.global_batch_size
     assert global_batch_size is not None, "resolve_for_world comes first"
     schedule = BatchSchedule(global_batch_size, config.batch.rampup_batch_size)
+    _require_flash(config, topology)
     with agree_on_error(topology):
         if config.optimizer.fp8:
             require_fp8(topology.device)
-        _require_flash(config, topology)
         tokenizer = build_tokenizer(config.tokenizer)
         vocabulary = build_vocabulary(tokenizer.vocab_size, config.model.make_vocab_size_divisible_by)
         check_vocabulary(config, vocabulary.padded_size)
@@ -218,11 +218,20 @@ def build_model(
 
 
 def _flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
-    """Why this run does not train with FlashAttention, ``--attention-backend`` left aside; None if it does."""
+    """Why this run does not train with FlashAttention, ``--attention-backend`` left aside; None if it does. What stands
+    in the way of one process does in that of all. Collective."""
+    return next(filter(None, gather_objects(topology, _own_flash_obstacle(config, topology))), None)
+
+
+def _own_flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
     if config.evaluation.skip_train:
         return "it is for training"
-    if config.objective.reset_attention_mask:
-        return "it has no masks, and --reset-attention-mask gives every batch one"
+    for flag, gives_masks in (
+        ("--reset-attention-mask", config.objective.reset_attention_mask),
+        ("--randmask-ratio", config.objective.randmask_ratio > 0),
+    ):
+        if gives_masks:
+            return f"it has no masks, and {flag} gives every batch one"
     return flash_obstacle(
         device=topology.device,
         half_precision=config.optimizer.bf16 or config.optimizer.fp16,
@@ -233,13 +242,15 @@ def _flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
 
 
 def _require_flash(config: RunConfig, topology: Topology) -> None:
-    """Raise UserError where ``--attention-backend flash`` cannot be had."""
-    if config.parallel.attention_backend == "flash" and (obstacle := _flash_obstacle(config, topology)) is not None:
+    """Raise UserError, on every rank, where ``--attention-backend flash`` cannot be had for training. Collective."""
+    if config.parallel.attention_backend != "flash" or config.evaluation.skip_train:
+        return
+    if (obstacle := _flash_obstacle(config, topology)) is not None:
         raise UserError(f"--attention-backend flash: {obstacle}; or use --attention-backend auto")
 
 
 def _on_attention(config: RunConfig, topology: Topology) -> list[str]:
-    """Which attention trains the model, on a GPU; on a CPU there is one."""
+    """Which attention trains the model, on a GPU; on a CPU there is one. Collective."""
     if topology.device.type != "cuda" or config.evaluation.skip_train:
         return []
     if config.parallel.attention_backend == "fused":

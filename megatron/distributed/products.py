@@ -176,10 +176,14 @@ def _(
 def _summed_product(x: Tensor, weight: Tensor, name: str) -> Tensor:
     """x [m, in], weight [in, out] -> the sum of all ranks' x @ weight [m, out]."""
     group = group_of(name)
-    if len(x) < HALVED_FROM:
-        out = x @ weight
-        dist.all_reduce(out, group=group)
-        return out
+    if len(x) >= HALVED_FROM:
+        return _sum_of_halves(x, weight, group)
+    out = x @ weight
+    dist.all_reduce(out, group=group)
+    return out
+
+
+def _sum_of_halves(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty(len(x), weight.shape[1])
     coming = []
     for rows, part in zip(x.tensor_split(2), out.tensor_split(2)):

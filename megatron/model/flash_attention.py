@@ -19,10 +19,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 PACKAGE: Final = "flash-attn-4"
 VERSION: Final = "4.0.0b36"
+INSTALL: Final = "pip install -e '.[flash]' -c constraints.txt"
 HEAD_SIZES: Final = range(32, 129, 32)
 SHORTEST: Final = 64
 """Positions of the shortest sequences that were compared with attention written out."""
@@ -66,13 +68,14 @@ def _package_obstacle() -> str | None:
     try:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        return f"{PACKAGE} is not installed: pip install -e '.[flash]'"
+        return f"{PACKAGE} is not installed: {INSTALL}"
     if version != VERSION:
-        return f"{PACKAGE} {version} is installed, and {VERSION} is needed: pip install -e '.[flash]'"
+        return f"{PACKAGE} {version} is installed, and {VERSION} is needed: {INSTALL}"
     try:
         _library()
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"{PACKAGE} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0]})"
+    except Exception as error:  # whatever a package raises whose own needs are of other versions
+        text = " ".join(f"{type(error).__name__} {error}".split())
+        return f"{PACKAGE} cannot be imported ({text}): {INSTALL}"
     return None
 
 
@@ -92,6 +95,7 @@ class _FlashAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         heads, out, logsumexp = ctx.saved_tensors
         grad_heads = torch.ops.megatron.flash_attention_gradient(grad, heads, out, logsumexp, *ctx.counts, ctx.causal)

@@ -55,16 +55,32 @@ def test_what_is_asked_for_and_cannot_be_had_ends_the_run(gpu: Callable[[str | N
     assert str(error.value) == "--attention-backend flash: it is not there; or use --attention-backend auto"
 
 
-def test_masks_on_every_batch_leave_it_nothing_to_do(gpu: Callable[[str | None], Topology]) -> None:
+@pytest.mark.parametrize(("changes", "flag"), [
+    ({"reset_attention_mask": True}, "--reset-attention-mask"), ({"randmask_ratio": 0.5}, "--randmask-ratio"),
+])  # fmt: skip
+def test_masks_on_every_batch_leave_it_nothing_to_do(
+    gpu: Callable[[str | None], Topology], changes: dict[str, Any], flag: str
+) -> None:
     config = run_config(attention_backend="flash", **BF16)
-    config = replace(config, objective=replace(config.objective, reset_attention_mask=True))
-    with pytest.raises(UserError, match="--reset-attention-mask gives every batch one"):
+    config = replace(config, objective=replace(config.objective, **changes))
+    with pytest.raises(UserError, match=f"it has no masks, and {flag} gives every batch one"):
         run._require_flash(config, gpu(None))
 
 
+def test_what_one_rank_lacks_no_rank_uses(
+    gpu: Callable[[str | None], Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = gpu(None)
+    monkeypatch.setattr(run, "gather_objects", lambda topology, own: [own, None, "it is not there", "nor here"])
+    said = "attention: PyTorch's (not FlashAttention: it is not there)"
+    assert run._on_attention(run_config(**BF16), topology) == [said]
+
+
 def test_measuring_needs_no_gradient(gpu: Callable[[str | None], Topology]) -> None:
-    config = run_config(**BF16)
+    """And takes the flags of a training run as they are."""
+    config = run_config(attention_backend="flash", **BF16)
     config = replace(config, evaluation=replace(config.evaluation, skip_train=True))
+    run._require_flash(config, gpu(None))
     assert run._on_attention(config, gpu(None)) == []
     assert run._flash_obstacle(config, gpu(None)) == "it is for training"
 

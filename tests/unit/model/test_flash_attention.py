@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.model import flash_attention as module
-from megatron.model.flash_attention import VERSION, flash_attention, flash_obstacle
+from megatron.model.flash_attention import INSTALL, VERSION, flash_attention, flash_obstacle
 from megatron.model.rope import rotary_table, turn_heads
 from megatron.model.sharding import SequentialGPT, compile_blocks, use_flash_attention
 from tests.unit.model.conftest import plain_attention
@@ -71,27 +71,33 @@ def test_where_it_serves(hopper: Callable[..., None], changes: dict[str, Any], r
 @pytest.mark.parametrize(("pretended", "reason"), [
     ({"capability": (8, 0)}, "compute capability 9.0 (Hopper), and NVIDIA Something has 8.0"),
     ({"capability": (10, 0)}, "NVIDIA Something has 10.0"),
-    ({"version": None}, "flash-attn-4 is not installed: pip install -e '.[flash]'"),
-    ({"version": "4.0.0b1"}, f"flash-attn-4 4.0.0b1 is installed, and {VERSION} is needed: pip install -e '.[flash]'"),
+    ({"version": None}, f"flash-attn-4 is not installed: {INSTALL}"),
+    ({"version": "4.0.0b1"}, f"flash-attn-4 4.0.0b1 is installed, and {VERSION} is needed: {INSTALL}"),
 ])  # fmt: skip
 def test_what_it_needs(hopper: Callable[..., None], pretended: dict[str, Any], reason: str) -> None:
     hopper(**pretended)
     assert reason in str(flash_obstacle(**USABLE))
 
 
-def test_a_broken_package_is_an_obstacle(hopper: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "text"), [
+    (ImportError("libcuda.so.1: cannot open\nand more"), "ImportError libcuda.so.1: cannot open and more"),
+    (AttributeError("module 'cutlass' has no attribute 'x'"), "AttributeError module 'cutlass' has no attribute 'x'"),
+    (ImportError(), "ImportError"),
+])  # fmt: skip
+def test_a_broken_package_is_an_obstacle(
+    hopper: Callable[..., None], monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
     hopper()
 
     def broken() -> None:
-        raise ImportError("libcuda.so.1: cannot open shared object file\nand more")
+        raise error
 
     monkeypatch.setattr(module, "_library", broken)
-    expected = "flash-attn-4 cannot be imported (ImportError: libcuda.so.1: cannot open shared object file)"
-    assert flash_obstacle(**USABLE) == expected
+    assert flash_obstacle(**USABLE) == f"flash-attn-4 cannot be imported ({text}): {INSTALL}"
 
 
 def test_the_package_is_the_one_that_is_pinned(repository: Any) -> None:
-    assert f'"flash-attn-4[cu13]=={VERSION};' in (repository / "pyproject.toml").read_text()
+    assert f'"flash-attn-4[cu13]=={VERSION}"' in (repository / "pyproject.toml").read_text()
     assert f"flash-attn-4=={VERSION}\n" in (repository / "constraints.txt").read_text()
 
 
@@ -149,7 +155,7 @@ def package() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("dtype", "counts", "length", "size"), [
     (torch.bfloat16, (3, 3), 256, 128), (torch.float16, (10, 2), 100, 64), (torch.bfloat16, (4, 1), 333, 32),
-    (torch.bfloat16, (3, 3), 64, 96), (torch.bfloat16, (4, 4), 64, 32),
+    (torch.bfloat16, (3, 3), 64, 96), (torch.bfloat16, (1, 1), 64, 32), (torch.bfloat16, (6, 2), 200, 128),
 ])  # each is compiled anew, for some seconds
 def test_the_package_equals_attention_written_out(
     dtype: torch.dtype, causal: bool, counts: tuple[int, int], length: int, size: int
@@ -193,9 +199,11 @@ def test_compiled_heads_turn_and_turn_back(count: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("package")
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"checkpoint_activations": True}])
+@pytest.mark.parametrize("changes", [
+    {}, {"num_key_value_heads": 2}, {"checkpoint_activations": True}, {"recompute_granularity": "selective"},
+])  # fmt: skip
 def test_compiled_model_is_within_bf16_noise(
-    make_model: Make, batch: dict[str, Tensor], changes: dict[str, Any]
+    make_model: Make, batch: dict[str, Tensor], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As far from fp32 as the compiled model with SDPA, loss and gradients, and without waiting for the GPU."""
     torch.compiler.reset()
@@ -207,6 +215,14 @@ def test_compiled_model_is_within_bf16_noise(
         "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 192, "init_method_std": 0.05,
         "max_position_embeddings": 64,
     }  # fmt: skip
+    calls: list[int] = []
+    backward = module._library()._flash_attn_bwd
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return backward(*arguments, **options)
+
+    monkeypatch.setattr(module._library(), "_flash_attn_bwd", counted)
     results = []
     for dtype, flash in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         model = make_model(False, dtype, **wide, **changes).cuda()
@@ -214,10 +230,13 @@ def test_compiled_model_is_within_bf16_noise(
             use_flash_attention(model)
         compile_blocks(model)
         for step in range(2):
-            torch.cuda.set_sync_debug_mode("error" if step else "default")
-            loss = model(**batch)
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("error" if flash and step else "default")
+            try:
+                loss = model(**batch)
+                gradients = torch.autograd.grad(loss, list(model.parameters()))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert bool(calls) == flash
         results.append([loss.reshape(1).double(), torch.cat([g.double().flatten() for g in gradients])])
     for exact, sdpa, flash in zip(*results):
         assert (flash - exact).norm() < 2 * (sdpa - exact).norm() + 1e-3 * exact.norm()
