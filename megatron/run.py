@@ -97,7 +97,8 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
     global_batch_size = config.batch.global_batch_size
     assert global_batch_size is not None, "resolve_for_world comes first"
     schedule = BatchSchedule(global_batch_size, config.batch.rampup_batch_size)
-    _require_flash(config, topology)
+    obstacle = _flash_obstacle(config, topology)
+    _require_flash(config, obstacle)
     with agree_on_error(topology):
         if config.optimizer.fp8:
             require_fp8(topology.device)
@@ -125,7 +126,7 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
         engine = Engine(model, config, topology, first_batch)
     else:
         engine = PipelinedEngine(model, config, topology, first_batch)
-    remarks = [*_on_attention(config, topology), *_on_masks(config, model, topology)]
+    remarks = [*_on_attention(config, topology, obstacle), *_on_masks(config, model, topology)]
     progress = _load(config, topology, vocabulary, engine, remarks)
     return Run(
         config=config,
@@ -200,7 +201,7 @@ def build_model(
             model = SequentialGPT(build_layers(config.model, *sizes, causal, tensor), config.model)
     if config.optimizer.fp8:
         train_in_fp8(model)
-    if config.parallel.attention_backend != "fused" and _flash_obstacle(config, topology) is None:
+    if _flash_obstacle(config, topology) is None:
         use_flash_attention(model)
     divided = config.parallel.zero_stage == 3
     access = whole_parameter if divided else None
@@ -218,20 +219,18 @@ def build_model(
 
 
 def _flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
-    """Why this run does not train with FlashAttention, ``--attention-backend`` left aside; None if it does. What stands
-    in the way of one process does in that of all. Collective."""
+    """Why this run does not train with FlashAttention; None if it does. What stands in the way of one process does in
+    that of all. Collective."""
     return next(filter(None, gather_objects(topology, _own_flash_obstacle(config, topology))), None)
 
 
 def _own_flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
+    if config.parallel.attention_backend == "fused":
+        return "--attention-backend fused"
     if config.evaluation.skip_train:
         return "it is for training"
-    for flag, gives_masks in (
-        ("--reset-attention-mask", config.objective.reset_attention_mask),
-        ("--randmask-ratio", config.objective.randmask_ratio > 0),
-    ):
-        if gives_masks:
-            return f"it has no masks, and {flag} gives every batch one"
+    if (flag := _mask_flag(config)) is not None:
+        return f"it has no masks, and {flag} gives every batch one"
     return flash_obstacle(
         device=topology.device,
         half_precision=config.optimizer.bf16 or config.optimizer.fp16,
@@ -241,21 +240,27 @@ def _own_flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
     )
 
 
-def _require_flash(config: RunConfig, topology: Topology) -> None:
-    """Raise UserError, on every rank, where ``--attention-backend flash`` cannot be had for training. Collective."""
-    if config.parallel.attention_backend != "flash" or config.evaluation.skip_train:
-        return
-    if (obstacle := _flash_obstacle(config, topology)) is not None:
+def _mask_flag(config: RunConfig) -> str | None:
+    """The flag that gives every batch of this run a mask; None if batches bring none."""
+    if config.objective.reset_attention_mask:
+        return "--reset-attention-mask"
+    if config.objective.randmask_ratio > 0 and not config.evaluation.skip_train:
+        return "--randmask-ratio"
+    return None
+
+
+def _require_flash(config: RunConfig, obstacle: str | None) -> None:
+    """Raise UserError where ``--attention-backend flash`` meets an ``obstacle`` in training."""
+    if config.parallel.attention_backend == "flash" and not config.evaluation.skip_train and obstacle is not None:
         raise UserError(f"--attention-backend flash: {obstacle}; or use --attention-backend auto")
 
 
-def _on_attention(config: RunConfig, topology: Topology) -> list[str]:
-    """Which attention trains the model, on a GPU; on a CPU there is one. Collective."""
+def _on_attention(config: RunConfig, topology: Topology, obstacle: str | None) -> list[str]:
+    """Which attention trains the model, on a GPU; on a CPU there is one."""
     if topology.device.type != "cuda" or config.evaluation.skip_train:
         return []
     if config.parallel.attention_backend == "fused":
         return ["attention: PyTorch's (--attention-backend fused)"]
-    obstacle = _flash_obstacle(config, topology)
     if obstacle is not None:
         return [f"attention: PyTorch's (not FlashAttention: {obstacle})"]
     return [f"attention: FlashAttention {FLASH_VERSION} in training, PyTorch's in validation and for masks"]
@@ -263,9 +268,9 @@ def _on_attention(config: RunConfig, topology: Topology) -> list[str]:
 
 def _on_masks(config: RunConfig, model: SequentialGPT | PipelinedGPT, topology: Topology) -> list[str]:
     """Which attention serves the masks of the batches, where they have any."""
-    training = not config.evaluation.skip_train
-    if not config.objective.reset_attention_mask and not (training and config.objective.randmask_ratio > 0):
+    if _mask_flag(config) is None:
         return []
+    training = not config.evaluation.skip_train
     return [f"attention masks: {describe_masks(model, topology.device, config.batch.seq_length, training)}"]
 
 

@@ -45,13 +45,15 @@ def test_a_run_on_a_gpu_says_what_it_uses(
 ) -> None:
     topology = gpu(obstacle)
     config = run_config(attention_backend=backend, **BF16)
-    run._require_flash(config, topology)
-    assert run._on_attention(config, topology) == [said]
+    found = run._flash_obstacle(config, topology)
+    run._require_flash(config, found)
+    assert run._on_attention(config, topology, found) == [said]
 
 
 def test_what_is_asked_for_and_cannot_be_had_ends_the_run(gpu: Callable[[str | None], Topology]) -> None:
+    config = run_config(attention_backend="flash", **BF16)
     with pytest.raises(UserError) as error:
-        run._require_flash(run_config(attention_backend="flash", **BF16), gpu("it is not there"))
+        run._require_flash(config, run._flash_obstacle(config, gpu("it is not there")))
     assert str(error.value) == "--attention-backend flash: it is not there; or use --attention-backend auto"
 
 
@@ -64,7 +66,7 @@ def test_masks_on_every_batch_leave_it_nothing_to_do(
     config = run_config(attention_backend="flash", **BF16)
     config = replace(config, objective=replace(config.objective, **changes))
     with pytest.raises(UserError, match=f"it has no masks, and {flag} gives every batch one"):
-        run._require_flash(config, gpu(None))
+        run._require_flash(config, run._flash_obstacle(config, gpu(None)))
 
 
 def test_what_one_rank_lacks_no_rank_uses(
@@ -73,22 +75,25 @@ def test_what_one_rank_lacks_no_rank_uses(
     topology = gpu(None)
     monkeypatch.setattr(run, "gather_objects", lambda topology, own: [own, None, "it is not there", "nor here"])
     said = "attention: PyTorch's (not FlashAttention: it is not there)"
-    assert run._on_attention(run_config(**BF16), topology) == [said]
+    config = run_config(**BF16)
+    assert run._on_attention(config, topology, run._flash_obstacle(config, topology)) == [said]
 
 
 def test_measuring_needs_no_gradient(gpu: Callable[[str | None], Topology]) -> None:
     """And takes the flags of a training run as they are."""
     config = run_config(attention_backend="flash", **BF16)
     config = replace(config, evaluation=replace(config.evaluation, skip_train=True))
-    run._require_flash(config, gpu(None))
-    assert run._on_attention(config, gpu(None)) == []
-    assert run._flash_obstacle(config, gpu(None)) == "it is for training"
+    obstacle = run._flash_obstacle(config, gpu(None))
+    assert obstacle == "it is for training"
+    run._require_flash(config, obstacle)
+    assert run._on_attention(config, gpu(None), obstacle) == []
 
 
 def test_on_a_cpu_nothing_is_said_and_auto_is_pytorchs() -> None:
     config = run_config(**BF16)
-    assert run._on_attention(config, single_process_topology()) == []
-    assert run._flash_obstacle(config, single_process_topology()) == "it needs a GPU"
+    obstacle = run._flash_obstacle(config, single_process_topology())
+    assert obstacle == "it needs a GPU"
+    assert run._on_attention(config, single_process_topology(), obstacle) == []
 
 
 @pytest.mark.parametrize(("backend", "obstacle", "expected"), [
