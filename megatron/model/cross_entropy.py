@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron.distributed.collectives import Ranks, all_reduce
 from megatron.distributed.tensor_parallel import ALONE, TensorParallel
+from megatron.model.kernels import scaled
 
 MAX_CHUNK_ELEMENTS = 2**28
 """Logits of one chunk: 1 GB in fp32. Large chunks pass over the head's gradient less often, small ones take less
@@ -136,6 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = weights.max().clamp_min(torch.finfo(exact).tiny)
             weights = weights / scale
         ctx.weight_dtype = weight.dtype
+        ctx.compiled = terms is not chunk_terms or at_once is not None
         own = _Vocabulary.of(weight, num_tokens, tensor)
         found = None
         if at_once is not None and tensor.ranks is None:
@@ -169,14 +171,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """Gradients of hidden and weight, for the gradient of the scalar loss."""
         grad_hidden, grad_weight, scale = ctx.saved_tensors
         scale = (scale * grad_loss).view(1)  # not a scalar, which would be rounded to the other factor's dtype
-        hidden = _scaled(grad_hidden, scale, grad_hidden.dtype) if ctx.needs_input_grad[0] else None
-        weight = _scaled(grad_weight, scale, ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+        hidden = scaled(grad_hidden, scale, grad_hidden.dtype, ctx.compiled) if ctx.needs_input_grad[0] else None
+        weight = scaled(grad_weight, scale, ctx.weight_dtype, ctx.compiled) if ctx.needs_input_grad[1] else None
         return hidden, weight, None, None, None, None, None, None
-
-
-def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * scale [1], in the wider dtype of both and rounded once to ``dtype``, without a copy in between."""
-    return torch.mul(x, scale, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
 def _set_target(grad_logits: Tensor, index: Tensor, nll: Tensor, share: Tensor, inside: Tensor | None = None) -> None:

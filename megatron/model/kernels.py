@@ -9,10 +9,10 @@ There is one where the compiler's code moves more bytes than it must (docs/perfo
 - ``branch_gradient``: the gradients of a norm and of the residual connection beside it were added by another kernel,
   and what the norm reads was kept beside what it makes.
 - ``add_dropped``: it draws one random number at a time, and keeps a byte of each for the backward pass.
-- ``add_to``: PyTorch's sum of different dtypes loads and stores number by number.
+- ``add_to``, ``scaled``: PyTorch's sums and products of different dtypes load and store number by number.
 
-The plain code that each stands for is beside its caller (``add_to`` has it), and is what runs elsewhere: on CPUs, in
-double precision and with ``--no-compile``. All compute in fp32 and round once.
+The plain code that each stands for is beside its caller (``add_to`` and ``scaled`` have it), and is what runs
+elsewhere: on CPUs, in double precision and with ``--no-compile``. All compute in fp32 and round once.
 """
 
 from __future__ import annotations
@@ -44,12 +44,30 @@ def takes(x: Tensor) -> bool:
 
 def add_to(total: Tensor, x: Tensor) -> None:
     """``total += x`` of the same shape and any dtypes; PyTorch's own sum to the bit."""
-    size, block = x.numel(), 4096
-    # A launch from Python takes longer than what it would gain for less.
-    if size < 2**21 or not (takes(x) and takes(total) and x.is_contiguous() and total.is_contiguous()):
+    if not _worth_a_launch(total, x):
         total.add_(x)
         return
-    _add_kernel[(triton.cdiv(size, block),)](total, x, size, block, num_warps=8)
+    _add_kernel[(triton.cdiv(x.numel(), _BLOCK),)](total, x, x.numel(), _BLOCK, num_warps=8)
+
+
+def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype, kernel: bool = True) -> Tensor:
+    """``x * scale`` [1], multiplied in the wider dtype of both and rounded once to ``dtype``; PyTorch's to the bit.
+
+    ``kernel`` False: by PyTorch, as without ``--compile``.
+    """
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if not kernel or scale.dtype != torch.float32 or not _worth_a_launch(out, x):
+        return torch.mul(x, scale, out=out)
+    _scale_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, scale, out, x.numel(), _BLOCK, num_warps=8)
+    return out
+
+
+_BLOCK = 4096
+
+
+def _worth_a_launch(out: Tensor, x: Tensor) -> bool:
+    """Whether a kernel from ``x`` to ``out`` can be had and gains more than its launch from Python takes."""
+    return x.numel() >= 2**21 and takes(x) and takes(out) and x.is_contiguous() and out.is_contiguous()
 
 
 if TRITON:
@@ -61,6 +79,14 @@ if TRITON:
         inside = at < size
         value = tl.load(total + at, inside).to(tl.float32) + tl.load(x + at, inside).to(tl.float32)
         tl.store(total + at, value.to(total.dtype.element_ty), inside)
+
+    @triton.jit
+    def _scale_kernel(x, scale, out, size, block: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Numbers ``program_id(0) * block`` and following."""
+        at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        inside = at < size
+        value = tl.load(x + at, inside).to(tl.float32) * tl.load(scale)
+        tl.store(out + at, value.to(out.dtype.element_ty), inside)
 
     @triton.jit
     def _swiglu_gradient_kernel(inner, grad, out, width: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]

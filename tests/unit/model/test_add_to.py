@@ -1,11 +1,11 @@
-"""Adding gradients to their sums: PyTorch's own sum to the bit, on a CPU and by the kernel on a GPU."""
+"""Adding gradients to their sums, and scaling them: PyTorch's own to the bit, on a CPU and by the kernels on a GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megatron.model.kernels import add_to
+from megatron.model.kernels import add_to, scaled
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -32,3 +32,22 @@ def test_others_go_to_pytorch(device: str) -> None:
     expected = wide + wide.float()
     add_to(wide, wide.float())
     assert torch.equal(wide, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 1001), (1280, 1700), (2**21 + 1,)])
+def test_products_are_pytorchs(device: str, dtype: torch.dtype, wide: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Infinities and zeros among them; multiplied in fp32, rounded once."""
+    x = torch.randn(shape, device=device).to(wide)
+    x.view(-1)[:2] = torch.tensor([torch.inf, 0.0])
+    scale = torch.tensor([1.7e-5], device=device)
+    found = scaled(x, scale, dtype)
+    assert found.dtype == dtype and found.shape == x.shape
+    assert torch.equal(found, (x.float() * scale).to(dtype))
+
+
+def test_double_precision_stays() -> None:
+    x, scale = torch.randn(5, dtype=torch.float64), torch.tensor([1.7e-5], dtype=torch.float64)
+    assert torch.equal(scaled(x, scale, torch.float64), x * scale)
