@@ -50,7 +50,7 @@ from megatron.model.masks import Mask
 from megatron.model.mlp import MLP
 from megatron.model.norm import branch, build_norm
 from megatron.model.partition import cut_of
-from megatron.model.residual import join
+from megatron.model.residual import join, joins_alone
 
 State = tuple[Any, ...]  # tensors; a mask may be FlexAttention's while it is among blocks
 Reduction = Literal["sum", "rows"]
@@ -94,12 +94,13 @@ class Block(nn.Module):
         With ``chosen`` [n] int64, distinct indices into b*s, that is [n, h], and the MLP computes these positions only:
         for the last block, where others are not scored. Not with sequence parallelism.
         """
-        hidden, normal = branch(self.input_layernorm, hidden)
+        alone = joins_alone(self.mlp.dense_4h_to_h, self.dropout, self.training)
+        hidden, normal = branch(self.input_layernorm, hidden, alone)
         context = self.self_attention.context(normal, places, *mask)
         hidden = join(hidden, self.self_attention.dense, context, self.dropout, self.training)
         if chosen is not None:
             hidden = choose_rows(hidden.flatten(0, 1), chosen)
-        hidden, normal = branch(self.post_attention_layernorm, hidden)
+        hidden, normal = branch(self.post_attention_layernorm, hidden, alone)
         hidden = join(hidden, self.mlp.dense_4h_to_h, self.mlp.inner(normal), self.dropout, self.training)
         return hidden, places, *mask
 

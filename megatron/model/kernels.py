@@ -6,6 +6,7 @@ There is one where the compiler's code moves more bytes than it must (docs/perfo
 - ``swiglu_gradient``: it puts both halves of the gradient together element by element, and loads five numbers for two.
 - ``rotate_heads_``: it keeps queries and keys as they were beside the rotated ones, since values are next to them.
 - ``split_heads_gradient``: it puts gradients of queries, keys and values together element by element.
+- ``row_norm``: it takes up to twice as long as reading and writing every number once.
 - ``branch_gradient``: the gradients of a norm and of the residual connection beside it were added by another kernel,
   and what the norm reads was kept beside what it makes.
 - ``add_dropped``: it draws one random number at a time, and keeps a byte of each for the backward pass.
@@ -192,6 +193,35 @@ if TRITON:
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], queries, keys, size // 2, *blocks,
         )
         return out
+
+    @triton.jit
+    def _row_norm_kernel(  # type: ignore[no-untyped-def]
+        hidden, gain, normal, scales, eps, width: tl.constexpr, block: tl.constexpr, smallest: tl.constexpr
+    ):
+        """One row."""
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, block)
+        inside = column < width
+        g = tl.load(gain + column, inside, 1.0).to(tl.float32)
+        g = tl.where(tl.abs(g) < smallest, smallest, g)
+        x = tl.load(hidden + row * width + column, inside, 0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
+        tl.store(normal + row * width + column, (x * scale * g).to(normal.dtype.element_ty), inside)
+        tl.store(scales + row, scale)
+
+    @torch.library.triton_op("megatron::row_norm", mutates_args=())
+    def _row_norm(hidden: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """RMSNorm of hidden [..., h], whose gain [h] counts as ``branch_gradient`` wants it, and its scale [..., 1] in
+        fp32."""
+        hidden = hidden.contiguous()
+        normal = torch.empty_like(hidden)
+        scale = torch.empty(*hidden.shape[:-1], 1, dtype=torch.float32, device=hidden.device)
+        width = hidden.shape[-1]
+        block = triton.next_power_of_2(width)
+        torch.library.wrap_triton(_row_norm_kernel)[(hidden.numel() // width,)](
+            hidden, gain, normal, scale, eps, width, block, SMALLEST_GAIN, num_warps=min(16, max(1, block // 512))
+        )
+        return normal, scale
 
     @triton.jit
     def _branch_gradient_kernel(  # type: ignore[no-untyped-def]

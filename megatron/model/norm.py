@@ -1,7 +1,8 @@
 """Normalisation of the residual stream: LayerNorm or RMSNorm (Zhang & Sennrich, arXiv 1910.07467, eq. 4).
 
-In code compiled for a GPU, RMSNorm's gradient and the residual connection's, which meet where the stream parts, are
-computed and added by a kernel of our own (``kernels``). It reads what the norm made, which the product that follows
+In code compiled for a GPU, RMSNorm is a kernel of our own (``kernels``), unless the compiler makes what it reads in the
+same kernel. Its gradient and the residual connection's, which meet where the stream parts, are computed and added by
+another. That one reads what the norm made, which the product that follows
 keeps anyway, and not the residual stream, which so need not be kept.
 """
 
@@ -36,13 +37,16 @@ def build_norm(config: ModelConfig, tensor: TensorParallel = ALONE) -> nn.Module
     return nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
-def branch(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the residual stream parts: (hidden itself, ``norm(hidden)``), both [..., h]."""
+def branch(norm: nn.Module, hidden: Tensor, alone: bool = False) -> tuple[Tensor, Tensor]:
+    """Where the residual stream parts: (hidden itself, ``norm(hidden)``), both [..., h].
+
+    ``alone``: nothing that the compiler writes code for makes hidden, so it cannot make both at once.
+    """
     # What the norm made, divided by the gain, is the normalised row again; fp16 has no numbers small enough for that.
     if not (isinstance(norm, nn.RMSNorm) and in_compiled_code(hidden) and hidden.dtype != torch.float16):
         return hidden, norm(hidden)
     gain = norm.gain() if isinstance(norm, TokenParallelRMSNorm) else norm.weight
-    kept, normal = _Branch.apply(hidden, gain, norm.eps)
+    kept, normal = _Branch.apply(hidden, gain, norm.eps, alone)
     return kept, normal
 
 
@@ -50,18 +54,21 @@ class _Branch(torch.autograd.Function):
     """hidden [..., h], gain [h] -> (hidden, RMSNorm of it)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        wide = hidden.float()
-        scale = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()  # [..., 1]
-        normal = (wide * scale * _divisible(gain)).to(hidden.dtype)
+    def forward(ctx: Any, hidden: Tensor, gain: Tensor, eps: float, kernel: bool) -> tuple[Tensor, Tensor]:
+        if kernel:
+            normal, scale = torch.ops.megatron.row_norm(hidden, gain, eps)
+        else:
+            wide = hidden.float()
+            scale = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()  # [..., 1]
+            normal = (wide * scale * _divisible(gain)).to(hidden.dtype)
         ctx.save_for_backward(normal, gain, scale)
         return hidden.view_as(hidden), normal
 
     @staticmethod
-    def backward(ctx: Any, grad_kept: Tensor, grad_normal: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_kept: Tensor, grad_normal: Tensor) -> tuple[Tensor, Tensor, None, None]:
         normal, gain, scale = ctx.saved_tensors
         grad, partial = torch.ops.megatron.branch_gradient(normal, gain, scale, grad_kept, grad_normal)
-        return grad, partial.sum(dim=0).to(gain.dtype), None
+        return grad, partial.sum(dim=0).to(gain.dtype), None, None
 
 
 def _divisible(gain: Tensor) -> Tensor:

@@ -16,6 +16,11 @@ from megatron.model.dropout import add_dropped
 from megatron.model.kernels import in_compiled_code
 
 
+def joins_alone(layer: RowParallelLinear, probability: float, training: bool) -> bool:
+    """Whether ``join``, in code compiled for a GPU, ends in a kernel that the compiler does not write."""
+    return (training and probability > 0) or layer.is_one_product
+
+
 def join(hidden: Tensor, layer: RowParallelLinear, x: Tensor, probability: float, training: bool) -> Tensor:
     """``hidden + dropout(layer(x))``: hidden [..., h] in the form that ``layer`` makes, x [..., in]."""
     dropped = training and probability > 0

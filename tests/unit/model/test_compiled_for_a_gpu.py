@@ -22,6 +22,7 @@ Make = Callable[..., SequentialGPT]
 SCHEMAS = {
     "rotate_heads_": "(Tensor(a!) heads, SymInt count, Tensor table, bool back) -> ()",
     "split_heads_gradient": "(Tensor query, Tensor key, Tensor value, Tensor table) -> Tensor",
+    "row_norm": "(Tensor hidden, Tensor gain, float eps) -> (Tensor, Tensor)",
     "branch_gradient":
         "(Tensor normal, Tensor gain, Tensor scale, Tensor grad_kept, Tensor grad_normal) -> (Tensor, Tensor)",
     "swiglu_gradient": "(Tensor inner, Tensor grad) -> Tensor",
@@ -43,6 +44,12 @@ def split_heads_gradient(query: Tensor, key: Tensor, value: Tensor, table: Tenso
     """Turned back by the opposite angles, side by side."""
     back = opposite(table)
     return torch.cat((rotate(query, back), rotate(key, back), value), dim=2)
+
+
+def row_norm(hidden: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's, and the factor of each row."""
+    scale = (hidden.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return torch.nn.functional.rms_norm(hidden, gain.shape, gain, eps), scale
 
 
 def branch_gradient(
@@ -67,12 +74,15 @@ def swiglu_gradient(inner: Tensor, grad: Tensor) -> Tensor:
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "rotate_heads_": rotate_heads, "split_heads_gradient": split_heads_gradient,
-    "branch_gradient": branch_gradient, "swiglu_gradient": swiglu_gradient,
+    "row_norm": row_norm, "branch_gradient": branch_gradient, "swiglu_gradient": swiglu_gradient,
 }  # fmt: skip
 FAKES: dict[str, Callable[..., Any]] = {
     "rotate_heads_": lambda heads, count, table, back: None,
     "split_heads_gradient": lambda query, key, value, table: query.new_empty(
         *query.shape[:2], query.shape[2] + 2 * key.shape[2], query.shape[3]
+    ),
+    "row_norm": lambda hidden, *_: (
+        torch.empty_like(hidden), hidden.new_empty(*hidden.shape[:-1], 1, dtype=torch.float32)
     ),
     "branch_gradient": lambda normal, gain, *_: (torch.empty_like(normal), gain.new_empty(1, *gain.shape)),
     "swiglu_gradient": lambda inner, grad: torch.empty_like(inner),

@@ -28,7 +28,7 @@ def test_uncompiled_it_is_pytorch(make_config: Callable[..., ModelConfig], name:
 def test_compiled_it_computes_as_pytorch(dtype: torch.dtype) -> None:
     """The formula that the compiler is given: the statistics and the product in fp32, rounded once."""
     hidden, gain = (10 * torch.randn(6, 80)).to(dtype), torch.randn(80).to(dtype)
-    kept, normal = _Branch.apply(hidden, gain, EPS)
+    kept, normal = _Branch.apply(hidden, gain, EPS, False)
     assert torch.equal(kept, hidden) and normal.dtype == dtype
     expected = F.rms_norm(hidden.double(), (80,), gain.double(), EPS)
     assert ((normal.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-6).all()
@@ -51,15 +51,32 @@ def statistics(hidden: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_gain_of_zero_counts_as_one_that_is_too_small_to_be_seen() -> None:
     """What the norm makes is divided by the gain in the backward pass."""
     hidden, gain = torch.randn(6, 80).bfloat16(), torch.tensor([0.0, -0.0, 1e-30, -2.0] * 20).bfloat16()
-    normal = _Branch.apply(hidden, gain, EPS)[1]
+    normal = _Branch.apply(hidden, gain, EPS, False)[1]
     exact = F.rms_norm(hidden.double(), (80,), gain.double(), EPS)
     assert ((normal.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-16).all()
     assert (normal / _divisible(gain)).isfinite().all() and not normal[:, :2].eq(0).any()
 
 
+SHAPES = [(3, 5, 1280), (7, 80), (2, 9, 128), (3000, 256), (5, 8192), (2, 12288)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 5, 1280), (7, 80), (2, 9, 128), (3000, 256), (5, 8192), (2, 12288)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_forward_kernel(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    hidden = 10 * torch.randn(shape, device="cuda").to(dtype)
+    gain = torch.randn(shape[-1], device="cuda").to(dtype)
+    gain[:2] = torch.tensor([0.0, 1e-30])
+    normal, scale = torch.ops.megatron.row_norm(hidden, gain, EPS)
+    exact, exact_scale = statistics(hidden.double(), _divisible(gain).double())
+    assert normal.dtype == dtype and scale.shape == (*shape[:-1], 1)
+    torch.testing.assert_close(scale, exact_scale, rtol=1e-6, atol=0)
+    assert ((normal.double() - exact).abs() <= (torch.finfo(dtype).eps / 2 + 1e-6) * exact.abs() + 1e-30).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Of an entry that the norm rounded the kernel sees that much less; all else is rounded once."""
     hidden, kept, grad = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
@@ -78,7 +95,8 @@ def test_the_kernel(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.gpu
-def test_compiled_code_uses_the_kernel() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_compiled_code_uses_the_kernels(alone: bool) -> None:
     torch.compiler.reset()
     norm = nn.RMSNorm(96, EPS).to("cuda", torch.bfloat16)
     with torch.no_grad():
@@ -86,7 +104,7 @@ def test_compiled_code_uses_the_kernel() -> None:
     hidden, kept, grad = (torch.randn(4, 50, 96, device="cuda").bfloat16() for _ in range(3))
     hidden.requires_grad_()
     found, plain = ([*results, *torch.autograd.grad(results, (hidden, norm.weight), (kept, grad))]
-                    for results in (torch.compile(branch, fullgraph=True)(norm, hidden), branch(norm, hidden)))
+                    for results in (torch.compile(branch, fullgraph=True)(norm, hidden, alone), branch(norm, hidden)))
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=5e-2)  # PyTorch rounds what it then adds
     scale = (hidden.float().square().mean(dim=-1, keepdim=True) + EPS).rsqrt()

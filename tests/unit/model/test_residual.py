@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from megatron.distributed.tensor_parallel import RowParallelLinear
-from megatron.model.residual import _AddProduct, join
+from megatron.model.residual import _AddProduct, join, joins_alone
 from megatron.model.sharding import SequentialGPT, compile_blocks
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -35,6 +35,16 @@ def test_uncompiled_it_is_pytorch(bias: bool) -> None:
     found = join(hidden, layer, x, 0.5, training=True)
     torch.manual_seed(3)
     assert torch.equal(found, hidden + F.dropout(F.linear(x, layer.weight, layer.bias), 0.5))
+
+
+@pytest.mark.parametrize(("bias", "probability", "training", "alone"), [
+    (False, 0.0, True, True),  # the product adds
+    (True, 0.0, True, False),  # the compiler adds product, bias and stream
+    (True, 0.1, True, True),  # dropout's kernel adds
+    (True, 0.1, False, False),
+])  # fmt: skip
+def test_who_writes_the_sum(bias: bool, probability: float, training: bool, alone: bool) -> None:
+    assert joins_alone(RowParallelLinear(64, 48, bias), probability, training) is alone
 
 
 @pytest.mark.parametrize("device", DEVICES)
