@@ -35,6 +35,11 @@ class ParallelConfig(Options):
     sequence_parallel: bool = option(
         "divide norms, dropout and the residual stream between tensor-parallel ranks by tokens", False
     )
+    tp_comm_backend: str = option(
+        "messages of tensor-parallel ranks beside matrix products: collective (--distributed-backend's), copy (by copy "
+        "engines, between GPUs of one host), or auto: copy wherever it can be had",
+        "collective", choices=("auto", "copy", "collective"),
+    )
     no_pipeline_parallel: bool = option("use the plain engine even where a pipeline engine could run", False)
     zero_stage: int = option("ZeRO stage (0 runs as stage 1: the same mathematics)", 0, choices=(0, 1, 2, 3))
     cpu_optimizer: bool = option("keep optimizer state and step on the CPU", False)
@@ -58,6 +63,8 @@ class ParallelConfig(Options):
     def _check(self) -> None:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError("--sequence-parallel needs --tensor-model-parallel-size above 1: drop it")
+        if self.tp_comm_backend == "copy" and self.tensor_model_parallel_size == 1:
+            raise UserError("--tp-comm-backend copy needs --tensor-model-parallel-size above 1: drop it")
         if self.activation_memory_budget is not None and self.compile is False:
             raise UserError("--activation-memory-budget is the compiler's to keep: drop it, or --no-compile")
 

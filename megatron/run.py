@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from megatron.config_checks import check_vocabulary
 from megatron.config_record import describe
 from megatron.data import Dataset, build_dataset, describe_helpers
 from megatron.distributed.agreement import agree_on_error, gather_objects
+from megatron.distributed.copy_engines import Slots, open_slots
 from megatron.distributed.fp8 import require_fp8
+from megatron.distributed.messages import use_slots
 from megatron.distributed.tensor_parallel import tensor_parallel, train_in_fp8
 from megatron.distributed.topology import Topology
 from megatron.engine import Engine, gather_by_block, partitioned, whole_parameter
@@ -99,6 +102,7 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
     schedule = BatchSchedule(global_batch_size, config.batch.rampup_batch_size)
     obstacle = _flash_obstacle(config, topology)
     _require_flash(config, obstacle)
+    on_messages = _open_messages(config, topology)
     with agree_on_error(topology):
         if config.optimizer.fp8:
             require_fp8(topology.device)
@@ -126,7 +130,7 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
         engine = Engine(model, config, topology, first_batch)
     else:
         engine = PipelinedEngine(model, config, topology, first_batch)
-    remarks = [*_on_attention(config, topology, obstacle), *_on_masks(config, model, topology)]
+    remarks = [*_on_attention(config, topology, obstacle), *_on_masks(config, model, topology), *on_messages]
     progress = _load(config, topology, vocabulary, engine, remarks)
     return Run(
         config=config,
@@ -238,6 +242,27 @@ def _own_flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
         length=config.batch.seq_length,
         dropout=config.model.attention_dropout,
     )
+
+
+def _open_messages(config: RunConfig, topology: Topology) -> list[str]:
+    """Let messages of this process's tensor-parallel ranks go as ``--tp-comm-backend`` says; what to say of it.
+    Collective.
+
+    Raises:
+        UserError: copy engines are asked for and cannot be had.
+    """
+    parallel = config.parallel
+    if parallel.tensor_model_parallel_size == 1 or parallel.tp_comm_backend == "collective":
+        return []
+    found: Slots | str = "products in fp8 have no messages beside them"
+    if not config.optimizer.fp8:
+        found = open_slots(topology, datetime.timedelta(minutes=parallel.distributed_timeout_minutes))
+    if isinstance(found, Slots):
+        use_slots(topology.tensor_group.group_name, found)
+        return ["messages of tensor-parallel ranks: by copy engines"]
+    if parallel.tp_comm_backend == "copy":
+        raise UserError(f"--tp-comm-backend copy: {found}; or use --tp-comm-backend auto")
+    return [f"messages of tensor-parallel ranks: collectives (not copy engines: {found})"]
 
 
 def _mask_flag(config: RunConfig) -> str | None:

@@ -35,7 +35,7 @@ HEADINGS: Final = (DATA, HEAD, ATTENTION, PRODUCTS, OTHER, OPTIMIZER, COMMUNICAT
 
 # The first that applies to an operator, or to what called it. Projections of the attention are matrix products.
 _PRECEDENCE: Final = (COMMUNICATION, DATA, OPTIMIZER, ATTENTION, HEAD, PRODUCTS)
-_COLLECTIVE: Final = re.compile(r"^(c10d::|nccl:|gloo:|record_param_comms)|nccl", re.IGNORECASE)
+_COLLECTIVE: Final = re.compile(r"^(c10d::|nccl:|gloo:|record_param_comms|Memcpy PtoP)|nccl", re.IGNORECASE)
 _ATTENTION: Final = re.compile(r"attention|flash|fmha|sdpa", re.IGNORECASE)
 _LOSS: Final = re.compile(r"cross_?entropy|nll_loss|log_softmax|logsumexp", re.IGNORECASE)
 _PRODUCT_OPERATOR: Final = re.compile(r"^aten::(linear|matmul|\w*mm_?)$|^aten::_scaled_mm")

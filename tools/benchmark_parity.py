@@ -41,7 +41,8 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def small_flags(arguments: argparse.Namespace, directory: Path) -> list[str]:
-    """The small model on the data in ``directory``, with a rate that learns; no length, no precision, no mode.
+    """The small model on the data in ``directory``, with a rate that learns, and ``--extra``; no length, no precision,
+    no mode.
 
     The rate is reached in half of the compared steps: at once, the norm falls to a quarter between two steps, and
     rounding alone moves it by a tenth there (seen in bf16 between one process compiled and not; warmed up, 6e-4).
@@ -54,6 +55,7 @@ def small_flags(arguments: argparse.Namespace, directory: Path) -> list[str]:
         *recipe_flags(row, directory, length, 0.0),
         *f"--lr 2e-3 --min-lr 2e-4 --lr-warmup-samples {warmup} --micro-batch-size {micro}".split(),
         *f"--global-batch-size {batch} --num-workers 1".split(),
+        *arguments.extra,
     ]
 
 

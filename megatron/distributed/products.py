@@ -21,10 +21,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron.distributed.collectives import Ranks, group_of
+from megatron.distributed.messages import start_exchange, start_gathering, start_sum, sum_is_hidden
 
 HALVED_FROM = 16384
 """Rows of a product that is worth making in halves: a message and a start cost time, however small they are."""
@@ -53,7 +53,7 @@ class _ColumnProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         if not sequence_parallel:
             return x @ weight.t()
-        out: Tensor = torch.ops.megatron.gathered_product(x, weight.t(), ranks.size, ranks.name)[0]
+        out: Tensor = torch.ops.megatron.gathered_product(x, weight.t(), ranks.size, ranks.name)
         return out
 
     @staticmethod
@@ -83,42 +83,47 @@ class _RowProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         ranks: Ranks = ctx.ranks
         grad = grad.reshape(-1, grad.shape[-1])
-        if ctx.sequence_parallel:
-            grad_x, grad = torch.ops.megatron.gathered_product(grad, weight, ranks.size, ranks.name)
-        else:
-            grad_x = grad @ weight
-        return grad_x.view(x.shape), grad.t() @ x.reshape(-1, x.shape[-1]), None, None
+        rows = x.reshape(-1, x.shape[-1])
+        if not ctx.sequence_parallel:
+            return (grad @ weight).view(x.shape), grad.t() @ rows, None, None
+        grad_x, grad_weight = torch.ops.megatron.row_gradients(grad, rows, weight, ranks.size, ranks.name)
+        return grad_x.view(x.shape), grad_weight, None, None
 
 
 # Not ``custom_op`` (see ``collectives``).
-torch.library.define(
-    "megatron::gathered_product", "(Tensor x, Tensor weight, int size, str name) -> (Tensor, Tensor)"
-)
+torch.library.define("megatron::gathered_product", "(Tensor x, Tensor weight, int size, str name) -> Tensor")
 torch.library.define("megatron::scattered_product", "(Tensor x, Tensor weight, int size, str name) -> Tensor")
 torch.library.define("megatron::summed_product", "(Tensor x, Tensor weight, str name) -> Tensor")
 torch.library.define(
     "megatron::column_gradients",
     "(Tensor grad, Tensor x, Tensor weight, bool sequence_parallel, int size, str name) -> (Tensor, Tensor)",
 )
+torch.library.define(
+    "megatron::row_gradients", "(Tensor grad, Tensor x, Tensor weight, int size, str name) -> (Tensor, Tensor)"
+)
 
 
 @torch.library.impl("megatron::gathered_product", ("cpu", "cuda"))
-def _gathered_product(x: Tensor, weight: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
-    """x [n, in] of each rank, weight [in, out] -> (all ranks' x @ weight [size * n, out], all ranks' x)."""
-    gathered, coming = _start_gathering(x, size, name)
-    out = x.new_empty(len(gathered), weight.shape[1])
+def _gathered_product(x: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
+    """x [n, in] of each rank, weight [in, out] -> all ranks' x @ weight [size * n, out]."""
+    return _product_of_gathered(x, weight, size, name)[0]
+
+
+def _product_of_gathered(x: Tensor, weight: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
+    """The same, and all ranks' x, which stays until the next message but one."""
+    wait = start_gathering(x, size, name)
+    out = x.new_empty(size * len(x), weight.shape[1])
     own, others = _own_and_others(len(x), name, size)
     torch.mm(x, weight, out=out[own])
-    coming.wait()
+    gathered = wait()
     for rows in others:
         torch.mm(gathered[rows], weight, out=out[rows])
     return out, gathered
 
 
 @torch.library.register_fake("megatron::gathered_product")
-def _(x: Tensor, weight: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
-    rows = x.shape[0] * size
-    return x.new_empty(rows, weight.shape[1]), x.new_empty(rows, x.shape[1])
+def _(x: Tensor, weight: Tensor, size: int, name: str) -> Tensor:
+    return x.new_empty(x.shape[0] * size, weight.shape[1])
 
 
 @torch.library.impl("megatron::scattered_product", ("cpu", "cuda"))
@@ -126,18 +131,17 @@ def _scattered_product(x: Tensor, weight: Tensor, size: int, name: str) -> Tenso
     """x [size * n, in], weight [in, out] -> this rank's rows [n, out] of the sum of all ranks' x @ weight."""
     rows = len(x) // size
     own, others = _own_and_others(rows, name, size)
-    sent = x.new_empty((size - 1) * rows, weight.shape[1])
-    end = 0
+    product = x.new_empty(len(x), weight.shape[1])
     for part in others:
-        begin, end = end, end + part.stop - part.start
-        torch.mm(x[part], weight, out=sent[begin:end])
-    splits = [0 if rank * rows == own.start else rows for rank in range(size)]
-    received = torch.empty_like(sent)
-    coming = dist.all_to_all_single(received, sent, splits, splits, group_of(name), async_op=True)
-    out = x[own] @ weight
-    coming.wait()
-    parts = received.view(size - 1, rows, -1)
-    return out.add_(parts[0] if size == 2 else parts.sum(dim=0))
+        torch.mm(x[part], weight, out=product[part])
+    wait = start_exchange(product.chunk(size), name)
+    out = torch.mm(x[own], weight, out=product[own])
+    return _total(out, wait())
+
+
+def _total(own: Tensor, received: Tensor) -> Tensor:
+    """own [n, ...] + received [ranks - 1, n, ...], in memory of its own."""
+    return own + (received[0] if len(received) == 1 else received.sum(dim=0))
 
 
 @torch.library.register_fake("megatron::scattered_product")
@@ -151,18 +155,16 @@ def _column_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight [out, in] from grad [m, out]; x is [m / size, in] with sequence parallelism, else
     [m, in] on every rank."""
-    if sequence_parallel:
-        every_x, coming = _start_gathering(x, size, name)
-        partial = grad @ weight
-        grad_x = x.new_empty(x.shape)
-        going = dist.reduce_scatter_tensor(grad_x, partial, group=group_of(name), async_op=True)
-        coming.wait()
-    else:
-        every_x, grad_x = x, grad @ weight
-        going = dist.all_reduce(grad_x, group=group_of(name), async_op=True)
-    grad_weight = grad.t() @ every_x
-    going.wait()
-    return grad_x, grad_weight
+    if not sequence_parallel:
+        wait = start_sum(grad @ weight, name)
+        grad_weight = grad.t() @ x
+        return wait(), grad_weight
+    wait_for_x = start_gathering(x, size, name)
+    partial = grad @ weight
+    own = _own_and_others(len(x), name, size)[0]
+    wait = start_exchange(partial.chunk(size), name)
+    grad_weight = grad.t() @ wait_for_x()
+    return _total(partial[own], wait()), grad_weight
 
 
 @torch.library.register_fake("megatron::column_gradients")
@@ -172,37 +174,40 @@ def _(
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
+@torch.library.impl("megatron::row_gradients", ("cpu", "cuda"))
+def _row_gradients(grad: Tensor, x: Tensor, weight: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
+    """Gradients of x [size * n, in] and weight [out, in] from grad [n, out], this rank's rows."""
+    grad_x, gathered = _product_of_gathered(grad, weight, size, name)
+    return grad_x, gathered.t() @ x
+
+
+@torch.library.register_fake("megatron::row_gradients")
+def _(grad: Tensor, x: Tensor, weight: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
 @torch.library.impl("megatron::summed_product", ("cpu", "cuda"))
 def _summed_product(x: Tensor, weight: Tensor, name: str) -> Tensor:
     """x [m, in], weight [in, out] -> the sum of all ranks' x @ weight [m, out]."""
-    group = group_of(name)
-    if len(x) >= HALVED_FROM:
-        return _sum_of_halves(x, weight, group)
-    out = x @ weight
-    dist.all_reduce(out, group=group)
-    return out
+    if len(x) >= HALVED_FROM and sum_is_hidden(name):
+        return _sum_of_halves(x, weight, name)
+    return start_sum(x @ weight, name)()
 
 
-def _sum_of_halves(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _sum_of_halves(x: Tensor, weight: Tensor, name: str) -> Tensor:
     out = x.new_empty(len(x), weight.shape[1])
-    coming = []
+    waits = []
     for rows, part in zip(x.tensor_split(2), out.tensor_split(2)):
         torch.mm(rows, weight, out=part)
-        coming.append(dist.all_reduce(part, group=group, async_op=True))
-    for message in coming:
-        message.wait()
+        waits.append(start_sum(part, name))
+    for wait in waits:
+        wait()
     return out
 
 
 @torch.library.register_fake("megatron::summed_product")
 def _(x: Tensor, weight: Tensor, name: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
-
-
-def _start_gathering(x: Tensor, size: int, name: str) -> tuple[Tensor, Any]:
-    """[n, ...] of each rank -> what [size * n, ...] will be, and what to wait for before it is read."""
-    gathered = x.new_empty(size * len(x), *x.shape[1:])
-    return gathered, dist.all_gather_into_tensor(gathered, x.contiguous(), group_of(name), async_op=True)
 
 
 def _own_and_others(rows: int, name: str, size: int) -> tuple[slice, list[slice]]:

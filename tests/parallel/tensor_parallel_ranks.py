@@ -19,11 +19,13 @@ from torch._dynamo.backends.common import aot_autograd
 from megatron.config import ModelConfig
 from megatron.distributed import products
 from megatron.distributed.collectives import all_gather
+from megatron.distributed.messages import use_slots
 from megatron.distributed.tensor_parallel import ALONE, TensorParallel, tensor_parallel, train_in_fp8
 from megatron.distributed.topology import Topology, build_topology
 from megatron.model.gpt import build_layers, initialize_weights, named_parameters
 from megatron.model.partition import cut_of
 from megatron.model.sharding import SequentialGPT, compile_blocks
+from tests.parallel.shared_memory import shared_slots
 
 VOCABULARY, TOKENS = 72, 61  # the last of four ranks has 18 rows, 7 of them tokens
 SIZES: dict[str, Any] = {
@@ -51,8 +53,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 TALKING = {
-    "gathered_product", "scattered_product", "summed_product", "column_gradients", "all_gather", "reduce_scatter",
-    "all_reduce",
+    "gathered_product", "scattered_product", "summed_product", "column_gradients", "row_gradients", "all_gather",
+    "reduce_scatter", "all_reduce",
 }
 
 
@@ -74,8 +76,6 @@ class Graphs:
         names = [node.target.__name__.removesuffix(".default") for node in nodes]
         self.messages.append(Counter(name for name in names if name in TALKING))
         made = [node for node, name in zip(nodes, names) if name == "all_gather"]
-        made += [user for node, name in zip(nodes, names) if name == "gathered_product"
-                 for user in node.users if user.args[1] == 1]
         self.kept.append(bool({*made} & {*graph.graph.output_node().args[0]}))
         return make_boxed_func(graph.forward)
 
@@ -150,18 +150,17 @@ def gather(x: torch.Tensor, tensor: TensorParallel) -> list[torch.Tensor]:
     return list(all_gather(x.unsqueeze(0), tensor.ranks))
 
 
-def compare(topology: Topology, sequence_parallel: bool, case: str) -> dict[str, float]:
+def compare(topology: Topology, sequence_parallel: bool, case: str, sums_in_halves: bool) -> dict[str, float]:
     """Largest relative difference between the cut and the whole model, by what was compared."""
     changes, extras = CASES[case]
     config = ModelConfig(**(SIZES | changes))
-    halves = "halves" in extras
     with (
-        mock.patch.object(products, "HALVED_FROM", 8 if halves else products.HALVED_FROM),
+        mock.patch.object(products, "HALVED_FROM", 8 if "halves" in extras else products.HALVED_FROM),
         mock.patch.object(products, "_sum_of_halves", wraps=products._sum_of_halves) as summed,
     ):
         cut = losses_and_gradients(config, tensor_parallel(topology, sequence_parallel), extras)
     # Both passes of both last products of two blocks: one for evaluation, one for training.
-    assert summed.call_count == (8 if halves else 0), summed.call_count
+    assert summed.call_count == (8 if sums_in_halves else 0), summed.call_count
     whole = losses_and_gradients(config, ALONE, extras)
 
     def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -214,12 +213,16 @@ def main(store: str, report: str) -> None:
         topology = build_topology(size, 1, torch.device("cpu"), timeout)
         for sequence_parallel in (False, True):
             kind = f"tensor {size}" + (" sequence" if sequence_parallel else "")
-            for case in CASES:
-                if case == "compiled" and kind != "tensor 2 sequence":
-                    continue  # compiling takes seconds
-                if case == "in halves" and sequence_parallel:
-                    continue  # nothing stays whole there
-                found["differences"][kind, case] = compare(topology, sequence_parallel, case)
+            for copied in (False, True):
+                slots = shared_slots(Path(report).parent, topology.tensor_group) if copied else None
+                use_slots(topology.tensor_group.group_name, slots)
+                for case in CASES:
+                    if case == "compiled" and (copied or kind != "tensor 2 sequence"):
+                        continue  # compiling takes seconds
+                    halves = case == "in halves" and copied and kind == "tensor 2"
+                    differences = compare(topology, sequence_parallel, case, halves)
+                    found["differences"][kind + " copied" * copied, case] = differences
+            use_slots(topology.tensor_group.group_name, None)
             if not sequence_parallel:
                 found["fp8"][kind] = compare_fp8(topology)
             found["dropout"][kind] = dropout(topology, sequence_parallel, hidden_dropout=0.3, attention_dropout=0.3)

@@ -217,6 +217,7 @@ WRONG: list[tuple[Any, dict[str, Any], list[str]]] = [
     (run, {"data": DataConfig(data_path=("a",), split="0,1,0")}, ["--train-data-path-file"]),
     (run, {"evaluation": EvaluationConfig(skip_train=True)}, ["--skip-train", "--valid-data-path"]),
     (ParallelConfig, {"sequence_parallel": True}, ["--sequence-parallel", "--tensor-model-parallel-size"]),
+    (ParallelConfig, {"tp_comm_backend": "copy"}, ["--tp-comm-backend copy", "--tensor-model-parallel-size"]),
     (run, {"parallel": tensor(3)}, ["--tensor-model-parallel-size 3", "--num-attention-heads"]),
     (
         run,
