@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron import budget
+from megatron.backends import flash_obstacle_of, on_attention, on_masks, open_messages, require_flash
 from megatron.batch_schedule import BatchSchedule
 from megatron.checkpointing import CheckpointStore, restore_rng
 from megatron.config import RunConfig
 from megatron.config_checks import check_vocabulary
 from megatron.config_record import describe
 from megatron.data import Dataset, build_dataset, describe_helpers
-from megatron.distributed.agreement import agree_on_error, gather_objects
-from megatron.distributed.copy_engines import Slots, open_slots
+from megatron.distributed.agreement import agree_on_error
 from megatron.distributed.fp8 import require_fp8
-from megatron.distributed.messages import use_slots
 from megatron.distributed.tensor_parallel import tensor_parallel, train_in_fp8
 from megatron.distributed.topology import Topology
 from megatron.engine import Engine, gather_by_block, partitioned, whole_parameter
 from megatron.errors import UserError
 from megatron.evaluation import Validator
 from megatron.lr_schedule import LearningRateSchedule
-from megatron.model.flash_attention import VERSION as FLASH_VERSION
-from megatron.model.flash_attention import flash_obstacle
 from megatron.model.gpt import build_layers, initialize_weights, recipes
-from megatron.model.sharding import SequentialGPT, compile_blocks, describe_masks, use_flash_attention
+from megatron.model.sharding import SequentialGPT, compile_blocks, use_flash_attention
 from megatron.objectives import Objective, build_objective
 from megatron.pipelined_engine import PipelinedEngine, build_pipeline
 from megatron.run_metadata import changed_settings, check_compatible, git_commit, library_versions, world_layout
@@ -100,9 +96,9 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
     global_batch_size = config.batch.global_batch_size
     assert global_batch_size is not None, "resolve_for_world comes first"
     schedule = BatchSchedule(global_batch_size, config.batch.rampup_batch_size)
-    obstacle = _flash_obstacle(config, topology)
-    _require_flash(config, obstacle)
-    on_messages = _open_messages(config, topology)
+    obstacle = flash_obstacle_of(config, topology)
+    require_flash(config, obstacle)
+    on_messages = open_messages(config, topology)
     with agree_on_error(topology):
         if config.optimizer.fp8:
             require_fp8(topology.device)
@@ -130,7 +126,7 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
         engine = Engine(model, config, topology, first_batch)
     else:
         engine = PipelinedEngine(model, config, topology, first_batch)
-    remarks = [*_on_attention(config, topology, obstacle), *_on_masks(config, model, topology), *on_messages]
+    remarks = [*on_attention(config, topology, obstacle), *on_masks(config, model, topology), *on_messages]
     progress = _load(config, topology, vocabulary, engine, remarks)
     return Run(
         config=config,
@@ -205,7 +201,7 @@ def build_model(
             model = SequentialGPT(build_layers(config.model, *sizes, causal, tensor), config.model)
     if config.optimizer.fp8:
         train_in_fp8(model)
-    if _flash_obstacle(config, topology) is None:
+    if flash_obstacle_of(config, topology) is None:
         use_flash_attention(model)
     divided = config.parallel.zero_stage == 3
     access = whole_parameter if divided else None
@@ -220,83 +216,6 @@ def build_model(
     elif config.parallel.activation_memory_budget is not None:
         raise UserError("--activation-memory-budget needs compiled blocks: add --compile, or drop it")
     return model
-
-
-def _flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
-    """Why this run does not train with FlashAttention; None if it does. What stands in the way of one process does in
-    that of all. Collective."""
-    return next(filter(None, gather_objects(topology, _own_flash_obstacle(config, topology))), None)
-
-
-def _own_flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
-    if config.parallel.attention_backend == "fused":
-        return "--attention-backend fused"
-    if config.evaluation.skip_train:
-        return "it is for training"
-    if (flag := _mask_flag(config)) is not None:
-        return f"it has no masks, and {flag} gives every batch one"
-    return flash_obstacle(
-        device=topology.device,
-        half_precision=config.optimizer.bf16 or config.optimizer.fp16,
-        head_size=config.model.head_size,
-        length=config.batch.seq_length,
-        dropout=config.model.attention_dropout,
-    )
-
-
-def _open_messages(config: RunConfig, topology: Topology) -> list[str]:
-    """Let messages of this process's tensor-parallel ranks go as ``--tp-comm-backend`` says; what to say of it.
-    Collective.
-
-    Raises:
-        UserError: copy engines are asked for and cannot be had.
-    """
-    parallel = config.parallel
-    if parallel.tensor_model_parallel_size == 1 or parallel.tp_comm_backend == "collective":
-        return []
-    found: Slots | str = "products in fp8 have no messages beside them"
-    if not config.optimizer.fp8:
-        found = open_slots(topology, datetime.timedelta(minutes=parallel.distributed_timeout_minutes))
-    if isinstance(found, Slots):
-        use_slots(topology.tensor_group.group_name, found)
-        return ["messages of tensor-parallel ranks: by copy engines"]
-    if parallel.tp_comm_backend == "copy":
-        raise UserError(f"--tp-comm-backend copy: {found}; or use --tp-comm-backend auto")
-    return [f"messages of tensor-parallel ranks: collectives (not copy engines: {found})"]
-
-
-def _mask_flag(config: RunConfig) -> str | None:
-    """The flag that gives every batch of this run a mask; None if batches bring none."""
-    if config.objective.reset_attention_mask:
-        return "--reset-attention-mask"
-    if config.objective.randmask_ratio > 0 and not config.evaluation.skip_train:
-        return "--randmask-ratio"
-    return None
-
-
-def _require_flash(config: RunConfig, obstacle: str | None) -> None:
-    """Raise UserError where ``--attention-backend flash`` meets an ``obstacle`` in training."""
-    if config.parallel.attention_backend == "flash" and not config.evaluation.skip_train and obstacle is not None:
-        raise UserError(f"--attention-backend flash: {obstacle}; or use --attention-backend auto")
-
-
-def _on_attention(config: RunConfig, topology: Topology, obstacle: str | None) -> list[str]:
-    """Which attention trains the model, on a GPU; on a CPU there is one."""
-    if topology.device.type != "cuda" or config.evaluation.skip_train:
-        return []
-    if config.parallel.attention_backend == "fused":
-        return ["attention: PyTorch's (--attention-backend fused)"]
-    if obstacle is not None:
-        return [f"attention: PyTorch's (not FlashAttention: {obstacle})"]
-    return [f"attention: FlashAttention {FLASH_VERSION} in training, PyTorch's in validation and for masks"]
-
-
-def _on_masks(config: RunConfig, model: SequentialGPT | PipelinedGPT, topology: Topology) -> list[str]:
-    """Which attention serves the masks of the batches, where they have any."""
-    if _mask_flag(config) is None:
-        return []
-    training = not config.evaluation.skip_train
-    return [f"attention masks: {describe_masks(model, topology.device, config.batch.seq_length, training)}"]
 
 
 def _training_data(config: RunConfig, tokenizer: Tokenizer) -> Dataset | None:

@@ -113,7 +113,8 @@ def resplit(arguments: argparse.Namespace, machine: Machine, inputs: Path, home:
     half = steps // 2
     common = [*small_flags(arguments, inputs), *f"--train-iters {steps} --no-compile".split()]
     saving = ["--save", str(home / "save"), "--load", str(home / "save")]
-    dp, tp2 = Mode("dp").arguments(home), ["--zero-stage", "1", "--tensor-model-parallel-size", "2"]
+    dp = [*Mode("dp").arguments(home), "--tensor-model-parallel-size", "1"]  # whatever --extra says
+    tp2 = ["--zero-stage", "1", "--tensor-model-parallel-size", "2"]
     runs = {
         "whole": [*common, *dp, "--metrics-file", str(home / "whole.jsonl")],
         "first half": [*common, *dp, *saving, "--exit-interval", str(half)],

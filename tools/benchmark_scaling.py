@@ -36,7 +36,8 @@ def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scaling-objective", choices=("ar", "mdm"), default="mdm")
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--profile-dir", type=Path, help="keep traces of rank 0 here, a folder for each row and mode")
-    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="further flags of all runs; comes last")
+    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[],
+                        help="further flags of all runs, to which their modes add; comes last")
 
 
 def _model(text: str) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime
 import socket
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed._symmetric_memory as symmetric_memory
@@ -47,12 +47,12 @@ class Memory(Protocol):
 
 class Slots:
     """Messages between the ranks of one group through ``allocate(nbytes)``, the memory that all of them make at the
-    same message, when they need more of it."""
+    same message: at the first, with room for messages of ``expected`` bytes, and at one that has no room in it."""
 
-    def __init__(self, size: int, rank: int, allocate: Callable[[int], Memory]) -> None:
+    def __init__(self, size: int, rank: int, expected: int, allocate: Callable[[int], Memory]) -> None:
         self.size, self.rank, self._allocate = size, rank, allocate
         self._memory: Memory | None = None
-        self._bytes = self._next = 0
+        self._expected, self._bytes, self._next = expected, 0, 0
 
     def start(self, parts: Sequence[Tensor], own: bool) -> Callable[[], Tensor]:
         """Send parts[r], all [n, ...] of one dtype and contiguous, to each rank r. What is returned waits and returns
@@ -73,13 +73,14 @@ class Slots:
 
         def wait() -> Tensor:
             wait_for_all()
+            writes.clear()  # kept until here: memory that nobody holds is given to whatever is computed next
             return received
 
         return wait
 
     def _with_room_for(self, nbytes: int) -> Memory:
         if self._memory is None or nbytes > self._bytes:
-            self._bytes, self._next = -(-nbytes // _ROUNDED_TO) * _ROUNDED_TO, 0
+            self._bytes, self._next = -(-max(nbytes, self._expected) // _ROUNDED_TO) * _ROUNDED_TO, 0
             self._memory = self._allocate(SLOTS * self._bytes)
         return self._memory
 
@@ -87,9 +88,9 @@ class Slots:
         """Send numbers twice round all slots, two messages at a time.
 
         Raises:
-            RuntimeError: others arrived.
+            RuntimeError: others arrived; after the last turn, as the other ranks wait for all of them.
         """
-        waits = []
+        waits, wrong = [], None
         for turn in range(2 * SLOTS):
             parts = [torch.full((4096,), 100 * turn + 10 * self.rank + to, device=device) for to in range(self.size)]
             waits.append(self.start(parts, own=True))
@@ -98,7 +99,9 @@ class Slots:
                     found = wait().float().aminmax(dim=1)
                     expected = [float(100 * before + 10 * rank + self.rank) for rank in range(self.size)]
                     if not found.min.tolist() == found.max.tolist() == expected:
-                        raise RuntimeError(f"{expected} were sent, and {found} arrived")
+                        wrong = wrong or f"{expected} were sent, and {found} arrived"
+        if wrong is not None:
+            raise RuntimeError(wrong)
 
 
 class PeerMemory:
@@ -108,6 +111,7 @@ class PeerMemory:
         self, nbytes: int, device: torch.device, group: torch.distributed.ProcessGroup, timeout: datetime.timedelta
     ) -> None:
         torch.cuda.synchronize(device)  # whatever these ranks had under way in memory that this one takes the place of
+        torch.cuda.empty_cache()  # symmetric memory is not PyTorch's allocator's, which would make room by itself
         self.mine = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
         self._handle = symmetric_memory.rendezvous(self.mine, group)
         self._device, self._size, self._rank = device, group.size(), group.rank()
@@ -118,7 +122,7 @@ class PeerMemory:
         self._timeout = int(timeout / datetime.timedelta(milliseconds=1))
 
     def start(self, writes: Sequence[Write], slot: int) -> Callable[[], None]:
-        """See :class:`Memory`; both are waited for on the stream that is current now."""
+        """See :class:`Memory`. The stream that is current now is the one that waits."""
         computing = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream):
@@ -157,26 +161,40 @@ def copy_obstacle(places: Sequence[Place], ranks: Sequence[int]) -> str | None:
     return None
 
 
-def open_slots(topology: Topology, timeout: datetime.timedelta) -> Slots | str:
+def open_slots(topology: Topology, expected: int, timeout: datetime.timedelta) -> Slots | str:
     """Slots for this process's tensor-parallel group, whose messages have arrived as they were sent; or, on all
-    processes alike, why there are none. A message that takes longer than ``timeout`` ends the process. Collective."""
+    processes alike, why there are none. Collective.
+
+    ``expected``: bytes of the largest message in training. One that takes longer than ``timeout`` ends the process.
+    """
     places = gather_objects(topology, _place(topology.device))
     groups = topology.grid.tensor_groups()
     obstacle = next(filter(None, (copy_obstacle(places, ranks) for ranks in groups)), None)
     if obstacle is not None:
         return obstacle
+    slots = Slots(
+        topology.tensor_parallel_size,
+        topology.tensor_parallel_rank,
+        expected,
+        lambda nbytes: PeerMemory(nbytes, topology.device, topology.tensor_group, timeout),
+    )
+    # A rank that has no such memory says so before the others wait for it.
+    room = SLOTS * expected
+    obstacle = _tried(topology, lambda: symmetric_memory.empty(room, dtype=torch.uint8, device=topology.device))
+    if obstacle is None:
+        obstacle = _tried(topology, lambda: slots.prove(topology.device))
+    return slots if obstacle is None else obstacle
+
+
+def _tried(topology: Topology, attempt: Callable[[], Any]) -> str | None:
+    """What the first rank says on which ``attempt`` raises, on all; None if it does on none. Collective."""
     own = None
     try:
-        slots = Slots(
-            topology.tensor_parallel_size,
-            topology.tensor_parallel_rank,
-            lambda nbytes: PeerMemory(nbytes, topology.device, topology.tensor_group, timeout),
-        )
-        slots.prove(topology.device)
-    except RuntimeError as error:
-        own = f"symmetric memory failed on rank {topology.rank}: {' '.join(str(error).split())[:300]}"
-    obstacle = next(filter(None, gather_objects(topology, own)), None)
-    return slots if obstacle is None else obstacle
+        attempt()
+    except Exception as error:  # whatever a driver says, or a release of PyTorch in which a name is another
+        text = " ".join(f"{type(error).__name__} {error}".split())
+        own = f"symmetric memory failed on rank {topology.rank}: {text[:300]}"
+    return next(filter(None, gather_objects(topology, own)), None)
 
 
 def _place(device: torch.device) -> Place:

@@ -23,6 +23,8 @@ from megatron.distributed.copy_engines import Slots
 Wait = Callable[[], Tensor]
 
 _SLOTS: dict[str, Slots] = {}
+"""By the name of their group, which is all that an operator in compiled code can be given: ``torch.distributed`` keeps
+groups in the same way. Nowhere else does a module keep something that changes."""
 
 
 def use_slots(name: str, slots: Slots | None) -> None:
@@ -34,8 +36,8 @@ def use_slots(name: str, slots: Slots | None) -> None:
 
 
 def sum_is_hidden(name: str) -> bool:
-    """Whether a sum over group ``name`` costs a product beside it nothing. Copy engines do not add, so of more than two
-    ranks each would have to send all it has to all others."""
+    """Whether a sum over group ``name`` can be under way beside a product without taking as long as after it. Copy
+    engines do not add, so of more than two ranks each would have to send all it has to all others."""
     return name in _SLOTS and _SLOTS[name].size == 2
 
 
@@ -63,7 +65,8 @@ def start_exchange(parts: Sequence[Tensor], name: str) -> Wait:
     if name in _SLOTS:
         return _SLOTS[name].start(parts, own=False)
     rank = group_of(name).rank()
-    sent = torch.stack([part for to, part in enumerate(parts) if to != rank])
+    others = [part for to, part in enumerate(parts) if to != rank]
+    sent = others[0].unsqueeze(0) if len(others) == 1 else torch.stack(others)
     received = torch.empty_like(sent)
     splits = [int(to != rank) for to in range(len(parts))]
     return _after(dist.all_to_all_single(received, sent, splits, splits, group_of(name), async_op=True), received)

@@ -6,8 +6,8 @@ multiply without the others, it multiplies while their part is on its way; what 
 - What is gathered and multiplied (a column-parallel layer's input, a row-parallel layer's gradient) is multiplied at
   this rank's own rows while the others' arrive.
 - What is multiplied and summed (a row-parallel layer's result) is made for the others and sent, then for itself.
-- What is summed and stays whole (a row-parallel layer's result, without sequence parallelism) is made in halves: one is
-  summed while the other is made.
+- What is summed and stays whole (a row-parallel layer's result, without sequence parallelism) is made in halves, where
+  one can be summed while the other is made.
 - A column-parallel layer's two gradients are made one after the other: inputs are gathered again during the first
   product, and what that makes is summed over ranks during the second.
 

@@ -61,4 +61,4 @@ def _shared(path: Path, size: int, dtype: torch.dtype) -> Tensor:
 
 def shared_slots(folder: Path, group: Any) -> Slots:
     """Slots for a group whose processes see ``folder``."""
-    return Slots(group.size(), group.rank(), lambda nbytes: SharedMemory(nbytes, folder, group))
+    return Slots(group.size(), group.rank(), 0, lambda nbytes: SharedMemory(nbytes, folder, group))

@@ -5,6 +5,7 @@ Groups of processes that compute with them: ``tests/parallel/test_tensor_paralle
 from __future__ import annotations
 
 import datetime
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,7 @@ class Noted:
         return lambda: None
 
 
-def slots_of(rank: int, size: int) -> tuple[Slots, list[Noted]]:
+def slots_of(rank: int, size: int, expected: int = 0) -> tuple[Slots, list[Noted]]:
     """Slots of one of ``size`` ranks, and each memory that they asked for."""
     made: list[Noted] = []
 
@@ -53,7 +54,7 @@ def slots_of(rank: int, size: int) -> tuple[Slots, list[Noted]]:
         made.append(Noted(nbytes))
         return made[-1]
 
-    return Slots(size, rank, allocate), made
+    return Slots(size, rank, expected, allocate), made
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -93,6 +94,25 @@ def test_slots_take_turns_and_grow() -> None:
     assert [writes[0][1] for writes, _ in made[0].started] == [0, 2**21, 2 * 2**21, 3 * 2**21, 0]
 
 
+def test_room_is_made_at_once_for_what_is_expected() -> None:
+    slots, made = slots_of(0, 2, expected=5 * 2**20)
+    for size in (4, 2**20, 3 * 2**18):
+        slots.start([torch.ones(size)] * 2, own=False)
+    assert [memory.mine.nbytes for memory in made] == [SLOTS * 6 * 2**20]
+
+
+def test_what_is_sent_is_held_until_it_has_arrived() -> None:
+    """Memory of a tensor that nobody holds may be written to by what is computed next."""
+    slots, _ = slots_of(0, 2)
+    sent = torch.ones(8)
+    held = weakref.ref(sent)
+    wait = slots.start([sent, sent], own=True)
+    del sent
+    assert held() is not None
+    wait()
+    assert held() is None
+
+
 def topology(rank: int = 0) -> Topology:
     """One of two tensor-parallel ranks, as far as its arithmetic goes."""
     return replace(single_process_topology(), grid=Grid(1, 1, 2), rank=rank)
@@ -100,7 +120,7 @@ def topology(rank: int = 0) -> Topology:
 
 def opened(monkeypatch: pytest.MonkeyPatch, allocate: Callable[..., Any], others: str | None = None) -> Slots | str:
     """What ``open_slots`` says where the other rank reaches this one and then says ``others``."""
-    said = iter([[("one", A, (B,)), ("one", B, (A,))], others])
+    said = iter([[("one", A, (B,)), ("one", B, (A,))], None, others])
 
     def gathered(_: Topology, own: Any) -> list[Any]:
         other = next(said)
@@ -108,21 +128,31 @@ def opened(monkeypatch: pytest.MonkeyPatch, allocate: Callable[..., Any], others
 
     monkeypatch.setattr(copy_engines, "gather_objects", gathered)
     monkeypatch.setattr(copy_engines, "PeerMemory", allocate)
-    return open_slots(topology(), datetime.timedelta(minutes=1))
+    monkeypatch.setattr(copy_engines.symmetric_memory, "empty", torch.empty)
+    return open_slots(topology(), 1000, datetime.timedelta(minutes=1))
 
 
 def test_memory_where_nothing_arrives_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     found = opened(monkeypatch, lambda nbytes, *_: Noted(nbytes))
-    assert isinstance(found, str) and "rank 0: [0.0, 10.0] were sent" in found
+    assert isinstance(found, str) and "rank 0: RuntimeError [0.0, 10.0] were sent" in found
 
 
 def test_memory_that_cannot_be_had_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Noted:
         raise RuntimeError("CUDA driver error:\n  not permitted")
 
-    expected = "symmetric memory failed on rank 0: CUDA driver error: not permitted"
+    expected = "symmetric memory failed on rank 0: RuntimeError CUDA driver error: not permitted"
     assert opened(monkeypatch, refuse) == expected
     assert opened(monkeypatch, refuse, "symmetric memory failed on rank 1: too") == expected
+
+
+def test_a_rank_without_such_memory_says_so_before_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_engines, "gather_objects", lambda topology, own: [own, None])
+    monkeypatch.setattr(copy_engines, "copy_obstacle", lambda places, ranks: None)
+    monkeypatch.setattr(copy_engines, "PeerMemory", lambda *_: pytest.fail("nobody meets here"))
+    monkeypatch.delattr(copy_engines.symmetric_memory, "empty")
+    found = open_slots(topology(), 1000, datetime.timedelta(minutes=1))
+    assert isinstance(found, str) and "rank 0: AttributeError module" in found and "'empty'" in found
 
 
 class Looped(Noted):
@@ -147,4 +177,4 @@ def test_what_fails_on_one_rank_is_used_by_none(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_gpus_nothing_is_tried() -> None:
     alone = replace(single_process_topology(), grid=Grid(1, 1, 1))
-    assert open_slots(alone, datetime.timedelta(minutes=1)) == "it needs GPUs"
+    assert open_slots(alone, 1000, datetime.timedelta(minutes=1)) == "it needs GPUs"

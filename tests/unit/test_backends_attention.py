@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron import run
+from megatron import backends, run
 from megatron.distributed.topology import Topology, single_process_topology
 from megatron.errors import UserError
 from megatron.model.attention import Attention
@@ -28,7 +28,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], Topology]:
             assert found == {"half_precision": True, "head_size": 16, "length": 32, "dropout": 0.0}
             return obstacle if device.type == "cuda" else "no GPU"
 
-        monkeypatch.setattr(run, "flash_obstacle", asked)
+        monkeypatch.setattr(backends, "flash_obstacle", asked)
         return replace(single_process_topology(), device=torch.device("cuda"))
 
     return pretend
@@ -45,15 +45,15 @@ def test_a_run_on_a_gpu_says_what_it_uses(
 ) -> None:
     topology = gpu(obstacle)
     config = run_config(attention_backend=backend, **BF16)
-    found = run._flash_obstacle(config, topology)
-    run._require_flash(config, found)
-    assert run._on_attention(config, topology, found) == [said]
+    found = backends.flash_obstacle_of(config, topology)
+    backends.require_flash(config, found)
+    assert backends.on_attention(config, topology, found) == [said]
 
 
 def test_what_is_asked_for_and_cannot_be_had_ends_the_run(gpu: Callable[[str | None], Topology]) -> None:
     config = run_config(attention_backend="flash", **BF16)
     with pytest.raises(UserError) as error:
-        run._require_flash(config, run._flash_obstacle(config, gpu("it is not there")))
+        backends.require_flash(config, backends.flash_obstacle_of(config, gpu("it is not there")))
     assert str(error.value) == "--attention-backend flash: it is not there; or use --attention-backend auto"
 
 
@@ -66,34 +66,34 @@ def test_masks_on_every_batch_leave_it_nothing_to_do(
     config = run_config(attention_backend="flash", **BF16)
     config = replace(config, objective=replace(config.objective, **changes))
     with pytest.raises(UserError, match=f"it has no masks, and {flag} gives every batch one"):
-        run._require_flash(config, run._flash_obstacle(config, gpu(None)))
+        backends.require_flash(config, backends.flash_obstacle_of(config, gpu(None)))
 
 
 def test_what_one_rank_lacks_no_rank_uses(
     gpu: Callable[[str | None], Topology], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topology = gpu(None)
-    monkeypatch.setattr(run, "gather_objects", lambda topology, own: [own, None, "it is not there", "nor here"])
+    monkeypatch.setattr(backends, "gather_objects", lambda topology, own: [own, None, "it is not there", "nor here"])
     said = "attention: PyTorch's (not FlashAttention: it is not there)"
     config = run_config(**BF16)
-    assert run._on_attention(config, topology, run._flash_obstacle(config, topology)) == [said]
+    assert backends.on_attention(config, topology, backends.flash_obstacle_of(config, topology)) == [said]
 
 
 def test_measuring_needs_no_gradient(gpu: Callable[[str | None], Topology]) -> None:
     """And takes the flags of a training run as they are."""
     config = run_config(attention_backend="flash", **BF16)
     config = replace(config, evaluation=replace(config.evaluation, skip_train=True))
-    obstacle = run._flash_obstacle(config, gpu(None))
+    obstacle = backends.flash_obstacle_of(config, gpu(None))
     assert obstacle == "it is for training"
-    run._require_flash(config, obstacle)
-    assert run._on_attention(config, gpu(None), obstacle) == []
+    backends.require_flash(config, obstacle)
+    assert backends.on_attention(config, gpu(None), obstacle) == []
 
 
 def test_on_a_cpu_nothing_is_said_and_auto_is_pytorchs() -> None:
     config = run_config(**BF16)
-    obstacle = run._flash_obstacle(config, single_process_topology())
+    obstacle = backends.flash_obstacle_of(config, single_process_topology())
     assert obstacle == "it needs a GPU"
-    assert run._on_attention(config, single_process_topology(), obstacle) == []
+    assert backends.on_attention(config, single_process_topology(), obstacle) == []
 
 
 @pytest.mark.parametrize(("backend", "obstacle", "expected"), [
@@ -102,7 +102,7 @@ def test_on_a_cpu_nothing_is_said_and_auto_is_pytorchs() -> None:
 def test_the_model_has_what_was_said(
     monkeypatch: pytest.MonkeyPatch, backend: str, obstacle: str | None, expected: bool
 ) -> None:
-    monkeypatch.setattr(run, "flash_obstacle", lambda **_: obstacle)
+    monkeypatch.setattr(backends, "flash_obstacle", lambda **_: obstacle)
     config = run_config(attention_backend=backend, **BF16)
     model: Any = run.build_model(config, VOCABULARY, True, single_process_topology())
     layers = [module for module in model.modules() if isinstance(module, Attention)]

@@ -1,0 +1,105 @@
+"""Which implementation does what several can do, where a flag leaves it open, and what is said of it at start.
+
+What stands in the way of one process stands in that of all: each choice is agreed on.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING
+
+from megatron.config import RunConfig
+from megatron.distributed.agreement import gather_objects
+from megatron.distributed.copy_engines import Slots, open_slots
+from megatron.distributed.messages import use_slots
+from megatron.distributed.topology import Topology
+from megatron.errors import UserError
+from megatron.model.flash_attention import VERSION as FLASH_VERSION
+from megatron.model.flash_attention import flash_obstacle
+from megatron.model.sharding import SequentialGPT, describe_masks
+
+if TYPE_CHECKING:  # it imports DeepSpeed, which a run does only where it must
+    from megatron.model.pipeline import PipelinedGPT
+
+
+def flash_obstacle_of(config: RunConfig, topology: Topology) -> str | None:
+    """Why this run does not train with FlashAttention; None if it does. Collective."""
+    return next(filter(None, gather_objects(topology, _own_flash_obstacle(config, topology))), None)
+
+
+def _own_flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
+    if config.parallel.attention_backend == "fused":
+        return "--attention-backend fused"
+    if config.evaluation.skip_train:
+        return "it is for training"
+    if (flag := _mask_flag(config)) is not None:
+        return f"it has no masks, and {flag} gives every batch one"
+    return flash_obstacle(
+        device=topology.device,
+        half_precision=config.optimizer.bf16 or config.optimizer.fp16,
+        head_size=config.model.head_size,
+        length=config.batch.seq_length,
+        dropout=config.model.attention_dropout,
+    )
+
+
+def _mask_flag(config: RunConfig) -> str | None:
+    """The flag that gives every batch of this run a mask; None if batches bring none."""
+    if config.objective.reset_attention_mask:
+        return "--reset-attention-mask"
+    if config.objective.randmask_ratio > 0 and not config.evaluation.skip_train:
+        return "--randmask-ratio"
+    return None
+
+
+def require_flash(config: RunConfig, obstacle: str | None) -> None:
+    """Raise UserError where ``--attention-backend flash`` meets an ``obstacle`` in training."""
+    if config.parallel.attention_backend == "flash" and not config.evaluation.skip_train and obstacle is not None:
+        raise UserError(f"--attention-backend flash: {obstacle}; or use --attention-backend auto")
+
+
+def on_attention(config: RunConfig, topology: Topology, obstacle: str | None) -> list[str]:
+    """Which attention trains the model, on a GPU; on a CPU there is one."""
+    if topology.device.type != "cuda" or config.evaluation.skip_train:
+        return []
+    if config.parallel.attention_backend == "fused":
+        return ["attention: PyTorch's (--attention-backend fused)"]
+    if obstacle is not None:
+        return [f"attention: PyTorch's (not FlashAttention: {obstacle})"]
+    return [f"attention: FlashAttention {FLASH_VERSION} in training, PyTorch's in validation and for masks"]
+
+
+def on_masks(config: RunConfig, model: SequentialGPT | PipelinedGPT, topology: Topology) -> list[str]:
+    """Which attention serves the masks of the batches, where they have any."""
+    if _mask_flag(config) is None:
+        return []
+    training = not config.evaluation.skip_train
+    return [f"attention masks: {describe_masks(model, topology.device, config.batch.seq_length, training)}"]
+
+
+def open_messages(config: RunConfig, topology: Topology) -> list[str]:
+    """Let messages of this process's tensor-parallel ranks go as ``--tp-comm-backend`` says; what to say of it.
+    Collective.
+
+    Raises:
+        UserError: copy engines are asked for and cannot be had.
+    """
+    parallel = config.parallel
+    if parallel.tensor_model_parallel_size == 1:
+        return []
+    use_slots(topology.tensor_group.group_name, None)
+    if parallel.tp_comm_backend == "collective":
+        return []
+    found: Slots | str = "products in fp8 have no messages beside them"
+    if not config.optimizer.fp8:
+        # What is gathered, or summed, of the micro-batch's hidden states.
+        width = 2 if config.optimizer.bf16 or config.optimizer.fp16 else 4
+        expected = config.batch.micro_batch_size * config.batch.seq_length * config.model.hidden_size * width
+        timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+        found = open_slots(topology, expected, timeout)
+    if isinstance(found, Slots):
+        use_slots(topology.tensor_group.group_name, found)
+        return ["messages of tensor-parallel ranks: by copy engines"]
+    if parallel.tp_comm_backend == "copy":
+        raise UserError(f"--tp-comm-backend copy: {found}; or use --tp-comm-backend auto")
+    return [f"messages of tensor-parallel ranks: collectives (not copy engines: {found})"]
