@@ -20,22 +20,23 @@ TIMEOUT = 300  # seconds for everything that one group does
 
 @pytest.fixture(scope="session")
 def spawn(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Callable[..., list[Any]]:
-    """``spawn(script, ranks, *arguments)`` runs ``script`` of this folder in ``ranks`` processes.
+    """``spawn(script, ranks, *arguments)`` runs ``script`` of this folder in ``ranks`` processes, which see GPUs only
+    with ``gpus=True``.
 
     Returns their reports. Each process gets RANK and WORLD_SIZE, and arguments: a file for the rendezvous, a file for
     its report (written with ``torch.save``), and ``arguments``. If one fails, the others are ended and its output is
     shown.
     """
 
-    def run(script: str, ranks: int, *arguments: str) -> list[Any]:
+    def run(script: str, ranks: int, *arguments: str, gpus: bool = False) -> list[Any]:
         folder = tmp_path_factory.mktemp(script.removesuffix(".py"))
         path = Path(__file__).with_name(script)
         processes = []
         for rank in range(ranks):
             environment = os.environ | {
                 "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
-            }
+                "LOCAL_RANK": str(rank),
+            } | ({} if gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})  # fmt: skip
             command = [sys.executable, path, folder / "rendezvous", folder / f"report{rank}.pt", *arguments]
             with open(folder / f"log{rank}.txt", "w") as log:
                 processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
