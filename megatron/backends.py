@@ -9,7 +9,7 @@ import datetime
 from typing import TYPE_CHECKING
 
 from megatron.config import RunConfig
-from megatron.distributed.agreement import gather_objects
+from megatron.distributed.agreement import first_said
 from megatron.distributed.copy_engines import Slots, open_slots
 from megatron.distributed.messages import use_slots
 from megatron.distributed.topology import Topology
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # it imports DeepSpeed, which a run does only where it must
 
 def flash_obstacle_of(config: RunConfig, topology: Topology) -> str | None:
     """Why this run does not train with FlashAttention; None if it does. Collective."""
-    return next(filter(None, gather_objects(topology, _own_flash_obstacle(config, topology))), None)
+    return first_said(topology, _own_flash_obstacle(config, topology))
 
 
 def _own_flash_obstacle(config: RunConfig, topology: Topology) -> str | None:

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and others in words."""
 
 
 class UserError(ValueError):
@@ -8,6 +8,11 @@ class UserError(ValueError):
     as ``error: ...`` and exit with code 2 on every rank; everything else that is raised is a defect and keeps its
     traceback.
     """
+
+
+def one_line(error: Exception) -> str:
+    """The type of ``error`` and all that it says, on one line."""
+    return " ".join(f"{type(error).__name__} {error}".split())
 
 
 class OneRankError(UserError):

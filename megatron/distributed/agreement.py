@@ -35,6 +35,11 @@ def gather_objects(topology: Topology, value: Any) -> list[Any]:
     return values
 
 
+def first_said(topology: Topology, own: str | None) -> str | None:
+    """What the first rank says that says anything, on all; None where all have None to say. Collective."""
+    return next(filter(None, gather_objects(topology, own)), None)
+
+
 @contextmanager
 def agree_on_error(topology: Topology) -> Iterator[None]:
     """Run the body on every process; if it fails on any, fail on all. Collective, at the end of the body.

@@ -14,6 +14,7 @@ others have started theirs of number k + 2, and before that have used number k, 
 from __future__ import annotations
 
 import datetime
+import itertools
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -22,8 +23,9 @@ import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from megatron.distributed.agreement import gather_objects
+from megatron.distributed.agreement import first_said, gather_objects
 from megatron.distributed.topology import Topology
+from megatron.errors import one_line
 
 SLOTS = 4
 _ROUNDED_TO = 2**21  # bytes of a slot
@@ -90,16 +92,22 @@ class Slots:
         Raises:
             RuntimeError: others arrived; after the last turn, as the other ranks wait for all of them.
         """
-        waits, wrong = [], None
-        for turn in range(2 * SLOTS):
-            parts = [torch.full((4096,), 100 * turn + 10 * self.rank + to, device=device) for to in range(self.size)]
-            waits.append(self.start(parts, own=True))
-            if turn % 2:
-                for before, wait in zip((turn - 1, turn), waits[-2:], strict=True):
-                    found = wait().float().aminmax(dim=1)
-                    expected = [float(100 * before + 10 * rank + self.rank) for rank in range(self.size)]
-                    if not found.min.tolist() == found.max.tolist() == expected:
-                        wrong = wrong or f"{expected} were sent, and {found} arrived"
+        ranks, wrong = range(self.size), None
+
+        def number(turn: int, sender: int, receiver: int) -> float:
+            return float(100 * turn + 10 * sender + receiver)
+
+        def send(turn: int) -> Callable[[], Tensor]:
+            parts = [torch.full((4096,), number(turn, self.rank, to), device=device) for to in ranks]
+            return self.start(parts, own=True)
+
+        for first in range(0, 2 * SLOTS, 2):
+            waits = {turn: send(turn) for turn in (first, first + 1)}
+            for turn, wait in waits.items():
+                found = wait().aminmax(dim=1)
+                expected = [number(turn, sender, self.rank) for sender in ranks]
+                if not found.min.tolist() == found.max.tolist() == expected:
+                    wrong = wrong or f"{expected} were sent, and {found} arrived"
         if wrong is not None:
             raise RuntimeError(wrong)
 
@@ -148,16 +156,15 @@ def copy_obstacle(places: Sequence[Place], ranks: Sequence[int]) -> str | None:
 
     ``places``: of all ranks.
     """
-    for rank in ranks:
+    if any(places[rank][1] == "" for rank in ranks):
+        return "it needs GPUs"
+    for rank, other in itertools.permutations(ranks, 2):
         host, _, reached = places[rank]
-        for other in ranks:
-            other_host, other_gpu, _ = places[other]
-            if other_gpu == "":
-                return "it needs GPUs"
-            if other_host != host:
-                return f"ranks {rank} and {other} are on different hosts"
-            if other != rank and other_gpu not in reached:
-                return f"the GPU of rank {rank} does not reach the memory of that of rank {other}"
+        other_host, other_gpu, _ = places[other]
+        if other_host != host:
+            return f"ranks {rank} and {other} are on different hosts"
+        if other_gpu not in reached:
+            return f"the GPU of rank {rank} does not reach the memory of that of rank {other}"
     return None
 
 
@@ -192,15 +199,14 @@ def _tried(topology: Topology, attempt: Callable[[], Any]) -> str | None:
     try:
         attempt()
     except Exception as error:  # whatever a driver says, or a release of PyTorch in which a name is another
-        text = " ".join(f"{type(error).__name__} {error}".split())
-        own = f"symmetric memory failed on rank {topology.rank}: {text[:300]}"
-    return next(filter(None, gather_objects(topology, own)), None)
+        own = f"symmetric memory failed on rank {topology.rank}: {one_line(error)[:300]}"
+    return first_said(topology, own)
 
 
 def _place(device: torch.device) -> Place:
     if device.type != "cuda":
         return socket.gethostname(), "", ()
-    count, here = torch.cuda.device_count(), torch.cuda.current_device() if device.index is None else device.index
+    count, here = torch.cuda.device_count(), device.index
     gpus = [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
     reached = (index for index in range(count) if index != here and torch.cuda.can_device_access_peer(here, index))
     return socket.gethostname(), gpus[here], tuple(gpus[index] for index in reached)

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from megatron.errors import one_line
+
 PACKAGE: Final = "flash-attn-4"
 VERSION: Final = "4.0.0b36"
 INSTALL: Final = "pip install -e '.[flash]' -c constraints.txt"
@@ -74,8 +76,7 @@ def _package_obstacle() -> str | None:
     try:
         _library()
     except Exception as error:  # whatever a package raises whose own needs are of other versions
-        text = " ".join(f"{type(error).__name__} {error}".split())
-        return f"{PACKAGE} cannot be imported ({text}): {INSTALL}"
+        return f"{PACKAGE} cannot be imported ({one_line(error)}): {INSTALL}"
     return None
 
 

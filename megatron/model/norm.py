@@ -2,8 +2,8 @@
 
 In code compiled for a GPU, RMSNorm is a kernel of our own (``kernels``), unless the compiler makes what it reads in the
 same kernel. Its gradient and the residual connection's, which meet where the stream parts, are computed and added by
-another. That one reads what the norm made, which the product that follows
-keeps anyway, and not the residual stream, which so need not be kept.
+another. That one reads what the norm made, which the product that follows keeps anyway, and not the residual stream,
+which so need not be kept.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron import backends, run
+from megatron.distributed import agreement
 from megatron.distributed.topology import Topology, single_process_topology
 from megatron.errors import UserError
 from megatron.model.attention import Attention
@@ -73,7 +74,7 @@ def test_what_one_rank_lacks_no_rank_uses(
     gpu: Callable[[str | None], Topology], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topology = gpu(None)
-    monkeypatch.setattr(backends, "gather_objects", lambda topology, own: [own, None, "it is not there", "nor here"])
+    monkeypatch.setattr(agreement, "gather_objects", lambda topology, own: [own, None, "it is not there", "nor here"])
     said = "attention: PyTorch's (not FlashAttention: it is not there)"
     config = run_config(**BF16)
     assert backends.on_attention(config, topology, backends.flash_obstacle_of(config, topology)) == [said]

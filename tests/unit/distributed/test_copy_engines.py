@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.distributed import copy_engines
+from megatron.distributed import agreement, copy_engines
 from megatron.distributed.copy_engines import SLOTS, Slots, Write, copy_obstacle, open_slots
 from megatron.distributed.topology import Grid, Topology, single_process_topology
 
@@ -113,20 +113,16 @@ def test_what_is_sent_is_held_until_it_has_arrived() -> None:
     assert held() is None
 
 
-def topology(rank: int = 0) -> Topology:
-    """One of two tensor-parallel ranks, as far as its arithmetic goes."""
-    return replace(single_process_topology(), grid=Grid(1, 1, 2), rank=rank)
+def topology() -> Topology:
+    """The first of two tensor-parallel ranks, as far as its arithmetic goes."""
+    return replace(single_process_topology(), grid=Grid(1, 1, 2))
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, allocate: Callable[..., Any], others: str | None = None) -> Slots | str:
     """What ``open_slots`` says where the other rank reaches this one and then says ``others``."""
-    said = iter([[("one", A, (B,)), ("one", B, (A,))], None, others])
-
-    def gathered(_: Topology, own: Any) -> list[Any]:
-        other = next(said)
-        return other if isinstance(other, list) else [own, other]
-
-    monkeypatch.setattr(copy_engines, "gather_objects", gathered)
+    said = iter([None, others])
+    monkeypatch.setattr(copy_engines, "gather_objects", lambda topology, own: [("one", A, (B,)), ("one", B, (A,))])
+    monkeypatch.setattr(agreement, "gather_objects", lambda topology, own: [own, next(said)])
     monkeypatch.setattr(copy_engines, "PeerMemory", allocate)
     monkeypatch.setattr(copy_engines.symmetric_memory, "empty", torch.empty)
     return open_slots(topology(), 1000, datetime.timedelta(minutes=1))
@@ -148,6 +144,7 @@ def test_memory_that_cannot_be_had_is_a_reason(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_rank_without_such_memory_says_so_before_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy_engines, "gather_objects", lambda topology, own: [own, None])
+    monkeypatch.setattr(agreement, "gather_objects", lambda topology, own: [own, None])
     monkeypatch.setattr(copy_engines, "copy_obstacle", lambda places, ranks: None)
     monkeypatch.setattr(copy_engines, "PeerMemory", lambda *_: pytest.fail("nobody meets here"))
     monkeypatch.delattr(copy_engines.symmetric_memory, "empty")

@@ -187,5 +187,8 @@ def test_a_run_that_fails_is_a_row(tmp_path: Path, no_gpu: None) -> None:
     assert code == 1
     assert all(row["error"].startswith("exit code ") and "--log-interval 0" in row["error"] for row in rows)
     assert [row["mode"] for row in rows] == ["alone", "dp"]
+    curves = "--parts parity --modes dp --objectives ar --precisions fp32"
+    code, rows = run(tmp_path, f"{curves} --extra --log-interval 0")
+    assert code == 1 and "--log-interval 0" in rows[2]["error"]
     code, rows = run(tmp_path, f"{flags} --deadline 0")
-    assert code == 1 and {row["error"] for row in rows[2:]} == {"not run: --deadline"}
+    assert code == 1 and {row["error"] for row in rows[3:]} == {"not run: --deadline"}
