@@ -16,11 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
+
 from megatron.checkpointing import CheckpointStore
 from megatron.errors import UserError
 from tools.benchmark_modes import Machine, Mode, torchrun
 from tools.benchmark_parity import TOLERANCES, largest_differences, read_curve, small_flags, small_inputs
-from tools.benchmark_runs import ENTRY_POINTS, ROOT, end_session
+from tools.benchmark_runs import ENTRY_POINTS, ROOT, end_session, is_running
 
 MINUTE: Final = 60.0
 ENDLESS: Final = "--train-iters 100000 --no-compile --save-interval 5 --keep-last 1 --exit-signal-handler"
@@ -59,21 +61,22 @@ def killed_rank(arguments: argparse.Namespace, machine: Machine, inputs: Path, h
             stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
             env={**os.environ, **machine.environment(machine.processes)},
         )  # fmt: skip
-    ranks: dict[int, int] = {}
+    ranks: dict[int, psutil.Process] = {}
     try:
         _wait_for_save([process], save, home / "log", machine.run_timeout)
         ranks = ranks_of(process.pid)
         if len(ranks) != machine.processes:
             raise UserError(f"found ranks {sorted(ranks)} under the launcher, not {machine.processes}")
         began = time.monotonic()
-        os.kill(ranks[machine.processes - 1], signal.SIGKILL)
+        ranks[machine.processes - 1].kill()
         code = _wait(process, MINUTE)
         seconds = time.monotonic() - began
-        left = [pid for pid in ranks.values() if _is_running(pid)]
+        left = [rank for rank in ranks.values() if is_running(rank)]
     finally:
         end_session(process)
-        for pid in filter(_is_running, ranks.values()):  # their launcher may be gone
-            os.kill(pid, signal.SIGKILL)
+        for rank in ranks.values():  # their launcher may be gone
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
     tag = CheckpointStore(save).resolve()  # raises where the latest is not complete
     again = machine.run("mdm", [*flags, "--exit-interval", "5"], home / "again.log")
     return {
@@ -134,24 +137,18 @@ def resplit(arguments: argparse.Namespace, machine: Machine, inputs: Path, home:
     }
 
 
-def ranks_of(launcher: int) -> dict[int, int]:
-    """rank -> process id of the direct children of ``launcher`` that have a ``RANK``."""
+def ranks_of(launcher: int) -> dict[int, psutil.Process]:
+    """rank -> process of the direct children of ``launcher`` that have a ``RANK``.
+
+    A child that is being started has no environment yet: it is found once it runs.
+    """
     found = {}
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-            with contextlib.suppress(OSError):
-                for variable in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                    if variable.startswith(b"RANK="):
-                        found[int(variable.removeprefix(b"RANK="))] = int(child)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(launcher).children():
+            with contextlib.suppress(psutil.Error):
+                if (rank := child.environ().get("RANK")) is not None:
+                    found[int(rank)] = child
     return found
-
-
-def _is_running(pid: int) -> bool:
-    """Whether a process runs; one that ended and that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from megatron.budget import GPT2_VOCABULARY, ModelRow, read_model_table
 from megatron.data.indexed_dataset import IndexedDatasetWriter
@@ -154,22 +155,21 @@ def end_session(process: subprocess.Popen[Any]) -> None:
 
     Ranks of torchrun lead sessions of their own, so they are looked for while their launcher lives.
     """
-    started = descendants(process.pid) if process.poll() is None else []
+    started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    for pid in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for one in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
 
 
-def descendants(pid: int) -> list[int]:
-    """Children of a process and theirs."""
-    found = []
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
+def is_running(process: psutil.Process) -> bool:
+    """Whether a process runs; one that ended and that nobody has waited for does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def profiled(metrics: Path) -> dict[str, Any] | None:

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from training_faults import lose_rank
 from training_runs import Corpus, Fault, Launcher, curve
 
-from tools.benchmark_runs import descendants
+from tools.benchmark_runs import is_running
 
 pytestmark = pytest.mark.slow
 
@@ -76,11 +77,11 @@ def test_a_killed_rank_ends_the_run_under_a_launcher(
         )  # fmt: skip
     try:
         wait_for(lambda: (tmp_path / "save" / "latest").exists() or process.poll() is not None, 90)
-        ranks = [pid for pid in descendants(process.pid) if "pretrain_gpt.py" in command(pid) and is_rank(pid)]
+        ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
         assert len(ranks) == 2, (tmp_path / "log").read_text()[-3000:]
-        os.kill(ranks[1], signal.SIGKILL)
+        ranks[1].kill()
         assert process.wait(timeout=60) != 0
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 10)
+        wait_for(lambda: not any(map(is_running, ranks)), 10)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -97,14 +98,9 @@ def wait_for(condition: object, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def command(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return ""
-
-
-def is_rank(pid: int) -> bool:
+def is_rank(process: psutil.Process) -> bool:
     """Whether it is a rank of the run, not its launcher: launchers set RANK for them alone."""
-    with contextlib.suppress(OSError):
-        return b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes() and "launch" not in command(pid).split("pre")[0]
+    with contextlib.suppress(psutil.Error):
+        launcher, _, rest = " ".join(process.cmdline()).partition("pretrain_gpt.py")
+        return "RANK" in process.environ() and bool(rest) and "launch" not in launcher
     return False

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ from tools import benchmark, benchmark_parallel
 from tools.benchmark_failures import ranks_of
 from tools.benchmark_modes import Machine, available_modes, machine_at_hand
 from tools.benchmark_parity import largest_differences, parity_line, small_flags
-from tools.benchmark_runs import descendants, end_session
+from tools.benchmark_runs import end_session, is_running
 from tools.benchmark_scaling import SCALING_HEADER, scaling_line
 
 SMALL = "--small-model 2 32 2 32 --small-batch 2 8 --curve-steps 4"
@@ -111,23 +113,22 @@ def test_ranks_are_the_launcher_s_children_with_a_rank() -> None:
                                start_new_session=True)  # fmt: skip
     try:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        ranks, children = ranks_of(process.pid), descendants(process.pid)
+        children = psutil.Process(process.pid).children()
+        wait_until(lambda: len(ranks_of(process.pid)) == 2)  # Popen returns before the child has its environment
+        ranks = ranks_of(process.pid)
         assert set(ranks) == {0, 1} and set(ranks.values()) < set(children) and len(children) == 3
+        assert all(map(is_running, children))
     finally:
         end_session(process)
         process.stdout.close()
-    patience = time.monotonic() + 30  # a busy machine takes a while to deliver the signal
-    while any(map(_runs, children)):
+    wait_until(lambda: not any(map(is_running, children)))  # a busy machine takes a while to deliver the signal
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    patience = time.monotonic() + 30
+    while not condition():
         assert time.monotonic() < patience
         time.sleep(0.05)
-
-
-def _runs(pid: int) -> bool:
-    """Whether the process is neither gone nor dead and not yet waited for by init."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_lines() -> None:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import signal
 import struct
 import subprocess
@@ -18,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import zstandard
 
 from megatron.data.indexed_dataset import IndexedDataset
+from tools.benchmark_runs import is_running
 from tools.preprocess_data import main
 
 WriteJsonl = Callable[[str, Sequence[Any]], Path]
@@ -275,19 +276,6 @@ def script(*arguments: str | Path, repository: Path) -> list[str]:
     return [sys.executable, str(repository / "tools" / "preprocess_data.py"), *map(str, arguments)]
 
 
-def children_of(process: int) -> list[int]:
-    """Ids of the processes that ``process`` started and that still run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue  # ended while we looked
-        if int(fields[1]) == process and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -295,7 +283,6 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stopped_midway(tmp_path: Path, tokenizer_flags: list[str], repository: Path, number: int) -> None:
     """No file at the final names, and no process left; the next run is not disturbed by what a SIGKILL leaves."""
@@ -306,21 +293,21 @@ def test_stopped_midway(tmp_path: Path, tokenizer_flags: list[str], repository: 
         # The input is an open pipe: the run cannot end by itself.
         process.stdin.write(b'{"text": "some words"}\n' * 20_000)
         process.stdin.flush()
-        wait_until(lambda: len(children_of(process.pid)) >= 2 and list(tmp_path.glob("out*.partial-*")))
-        children = children_of(process.pid)
+        started = psutil.Process(process.pid)
+        wait_until(lambda: len(started.children()) >= 2 and list(tmp_path.glob("out*.partial-*")))
+        children = started.children()
         process.send_signal(number)
         code = process.wait(60)
     assert code == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}[signal.Signals(number)]
     assert not list(tmp_path.glob("out*.bin")) and not list(tmp_path.glob("out*.idx"))
     if number != signal.SIGKILL:
         assert not list(tmp_path.iterdir())
-    wait_until(lambda: not [child for child in children if Path(f"/proc/{child}").exists()])
+    wait_until(lambda: not any(map(is_running, children)))
     done = subprocess.run(command, input=b'{"text": "ab"}\n', capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert np.fromfile(tmp_path / "out_text_document.bin", "<u2").tolist() == [97, 98, 256]
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_a_worker_that_is_killed_is_noticed(tmp_path: Path, tokenizer_flags: list[str], repository: Path) -> None:
     command = script("--input", "-", "--output-prefix", tmp_path / "out", "--workers", "2", "--chunk-size", "1",
                      *tokenizer_flags, repository=repository)  # fmt: skip
@@ -329,12 +316,11 @@ def test_a_worker_that_is_killed_is_noticed(tmp_path: Path, tokenizer_flags: lis
         process.stdin.write('{"text": "some words"}\n' * 5_000)
         process.stdin.flush()
 
-        def workers() -> list[int]:
-            lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children_of(process.pid)}
-            return [child for child, line in lines.items() if b"spawn_main" in line]
+        def workers() -> list[psutil.Process]:
+            return [child for child in psutil.Process(process.pid).children() if "spawn_main" in str(child.cmdline())]
 
         wait_until(lambda: len(workers()) == 2)
-        os.kill(workers()[0], signal.SIGKILL)
+        workers()[0].kill()
         process.stdin.write('{"text": "some words"}\n' * 5_000)
         process.stdin.close()
         process.stdin = None
