@@ -73,10 +73,7 @@ def killed_rank(arguments: argparse.Namespace, machine: Machine, inputs: Path, h
         seconds = time.monotonic() - began
         left = [rank for rank in ranks.values() if is_running(rank)]
     finally:
-        end_session(process)
-        for rank in ranks.values():  # their launcher may be gone
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rank.kill()
+        end_session(process, *ranks.values())  # whose launcher may be gone
     tag = CheckpointStore(save).resolve()  # raises where the latest is not complete
     again = machine.run("mdm", [*flags, "--exit-interval", "5"], home / "again.log")
     return {

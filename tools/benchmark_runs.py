@@ -150,15 +150,15 @@ def run_to_end(
     return Finished(code, log.read_text(encoding="utf-8", errors="replace"), began, time.time())
 
 
-def end_session(process: subprocess.Popen[Any]) -> None:
-    """Kill ``process`` and what it started; it was started with ``start_new_session``.
+def end_session(process: subprocess.Popen[Any], *others: psutil.Process) -> None:
+    """Kill ``process`` and what it started, and ``others``; it was started with ``start_new_session``.
 
     Ranks of torchrun lead sessions of their own, so they are looked for while their launcher lives.
     """
     started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    for one in started:
+    for one in (*started, *others):
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()

@@ -8,15 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from training_faults import lose_rank
 from training_runs import Corpus, Fault, Launcher, curve
-
-from tools.benchmark_runs import is_running
+from waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -76,12 +74,12 @@ def test_a_killed_rank_ends_the_run_under_a_launcher(
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
-        wait_for(lambda: (tmp_path / "save" / "latest").exists() or process.poll() is not None, 90)
+        wait_until(lambda: (tmp_path / "save" / "latest").exists() or process.poll() is not None, 90)
         ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
         assert len(ranks) == 2, (tmp_path / "log").read_text()[-3000:]
         ranks[1].kill()
         assert process.wait(timeout=60) != 0
-        wait_for(lambda: not any(map(is_running, ranks)), 10)
+        wait_until(lambda: not any(rank.is_running() for rank in ranks), 10)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -89,13 +87,6 @@ def test_a_killed_rank_ends_the_run_under_a_launcher(
 
     store = CheckpointStore(tmp_path / "save")
     assert store.resolve() is not None
-
-
-def wait_for(condition: object, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def is_rank(process: psutil.Process) -> bool:

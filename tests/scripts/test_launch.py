@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from waiting import wait_until
 
 # A rank: notes its start and the signal that stops it; its child stands for a data loader, which nobody may signal.
 RANK = """
@@ -63,13 +66,7 @@ class Supervised:
             cwd=self.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=_as_from_a_terminal,
         )  # fmt: skip
-        self.wait_for("started_0", "started_1")
-
-    def wait_for(self, *names: str) -> None:
-        deadline = time.monotonic() + 30
-        while not all((self.path / name).exists() for name in names):
-            assert time.monotonic() < deadline, names
-            time.sleep(0.02)
+        wait_until(lambda: all((self.path / f"started_{rank}").exists() for rank in (0, 1)), 30)
 
     def result(self) -> tuple[int, str]:
         """Exit code, and the signal that supervise names."""
@@ -79,12 +76,10 @@ class Supervised:
     def processes(self) -> list[str]:
         """Command lines of living processes of this run."""
         found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and os.readlink(entry / "cwd") == str(self.path.resolve()):
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
-            except OSError:
-                continue
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.cwd() == str(self.path.resolve()):
+                    found.append(" ".join(process.cmdline()))
         return [line for line in found if "rank.py" in line]
 
 

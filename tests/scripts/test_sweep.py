@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from megatron.errors import UserError
 from tools import sweep
@@ -124,10 +125,7 @@ def test_signals_stop_the_run_and_the_sweep(sent: signal.Signals, folder: Path) 
     code += "sys.exit(sweep.Runner().run(sweep.plan_all(runs)))"
     environment = {**os.environ, "PYTHONPATH": str(Path(sweep.__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (folder / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((folder / "started").exists, 60)
     process.send_signal(sent)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and "stopped: the same command goes on from here" in output

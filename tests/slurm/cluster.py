@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 PROGRAMS: Final = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue", "sinfo", "srun")
 NODES: Final = ("n1", "n2")
 ENDED: Final = frozenset("COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY DEADLINE BOOT_FAIL".split())
@@ -202,15 +204,12 @@ class Cluster:
 
     def _processes(self, *settings: str) -> dict[int, str]:
         """The same of all that this cluster started, its daemons too."""
-        settings = (f"SLURM_CONF={self.environment['SLURM_CONF']}", *settings)
+        wanted = dict(setting.split("=", 1) for setting in settings) | self.environment
         found = {}
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit() or entry.name == str(os.getpid()):
-                continue
-            with contextlib.suppress(OSError):
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                if all(setting.encode() in environment for setting in settings):
-                    found[int(entry.name)] = (entry / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != os.getpid() and wanted.items() <= process.environ().items():
+                    found[process.pid] = " ".join(process.cmdline())
         return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from waiting import wait_until
 
 from megatron.config import CheckpointConfig
 from megatron.distributed.topology import build_topology, single_process_topology
@@ -31,13 +32,6 @@ def in_child(target: Callable[..., None], *arguments: Any) -> Any:
     process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
     return process
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.01)
 
 
 def test_nothing_asked_for_never_stops() -> None:
@@ -109,7 +103,7 @@ def _steps_until_stop(ready: Path, result: Path) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_stops_at_a_step_boundary_with_exit_code_0(tmp_path: Path, name: str) -> None:
     process = in_child(_steps_until_stop, tmp_path / "ready", tmp_path / "result")
-    wait_for(tmp_path / "ready")
+    wait_until((tmp_path / "ready").exists, 20)
     os.kill(process.pid, getattr(signal, name))
     process.join(20)
     assert process.exitcode == 0
@@ -130,12 +124,12 @@ def _saves_slowly(ready: Path, pressed: Path, echoed: Path, later: Path) -> None
 def test_an_echo_of_ctrl_c_is_the_same_keystroke_and_a_second_one_kills(tmp_path: Path) -> None:
     ready, pressed, echoed, later = (tmp_path / name for name in ("ready", "pressed", "echoed", "later"))
     process = in_child(_saves_slowly, ready, pressed, echoed, later)
-    wait_for(ready)
+    wait_until(ready.exists, 20)
     os.kill(process.pid, signal.SIGINT)
-    wait_for(pressed)
+    wait_until(pressed.exists, 20)
     os.kill(process.pid, signal.SIGINT)  # what torchrun passes on at once
     os.kill(process.pid, signal.SIGUSR1)
-    wait_for(echoed)
+    wait_until(echoed.exists, 20)
     assert process.is_alive()
     later.touch()
     os.kill(process.pid, signal.SIGINT)

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from waiting import wait_until
 
 from megatron.arguments import parse_arguments
 from megatron.config_checks import resolve_for_world
@@ -114,21 +113,14 @@ def test_ranks_are_the_launcher_s_children_with_a_rank() -> None:
     try:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         children = psutil.Process(process.pid).children()
-        wait_until(lambda: len(ranks_of(process.pid)) == 2)  # Popen returns before the child has its environment
+        wait_until(lambda: len(ranks_of(process.pid)) == 2, 30)  # Popen returns before the child has its environment
         ranks = ranks_of(process.pid)
         assert set(ranks) == {0, 1} and set(ranks.values()) < set(children) and len(children) == 3
         assert all(map(is_running, children))
     finally:
         end_session(process)
         process.stdout.close()
-    wait_until(lambda: not any(map(is_running, children)))  # a busy machine takes a while to deliver the signal
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    patience = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < patience
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(is_running, children)), 30)  # a busy machine takes a while to deliver the signal
 
 
 def test_lines() -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import operator
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
+from waiting import wait_until
 
 from megatron.errors import UserError
 from tools.ordered_workers import IN_FLIGHT, OrderedWorkers, WorkerError, single_threaded_tokenizers
@@ -94,9 +94,7 @@ def test_no_process_is_left() -> None:
     with OrderedWorkers(operator.methodcaller, ("upper",), 2) as workers:
         next(workers.map(iter(lambda: "x", None)))  # an endless source, left in the middle
         processes = [worker.process for worker in workers._workers]
-    end = time.monotonic() + 30
-    while any(process.is_alive() for process in processes):
-        assert time.monotonic() < end
+    wait_until(lambda: not any(process.is_alive() for process in processes), 30)
 
 
 def test_single_threaded_tokenizers_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ import numpy as np
 import psutil
 import pytest
 import zstandard
+from waiting import wait_until
 
 from megatron.data.indexed_dataset import IndexedDataset
-from tools.benchmark_runs import is_running
 from tools.preprocess_data import main
 
 WriteJsonl = Callable[[str, Sequence[Any]], Path]
@@ -276,13 +275,6 @@ def script(*arguments: str | Path, repository: Path) -> list[str]:
     return [sys.executable, str(repository / "tools" / "preprocess_data.py"), *map(str, arguments)]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stopped_midway(tmp_path: Path, tokenizer_flags: list[str], repository: Path, number: int) -> None:
     """No file at the final names, and no process left; the next run is not disturbed by what a SIGKILL leaves."""
@@ -294,7 +286,7 @@ def test_stopped_midway(tmp_path: Path, tokenizer_flags: list[str], repository: 
         process.stdin.write(b'{"text": "some words"}\n' * 20_000)
         process.stdin.flush()
         started = psutil.Process(process.pid)
-        wait_until(lambda: len(started.children()) >= 2 and list(tmp_path.glob("out*.partial-*")))
+        wait_until(lambda: len(started.children()) >= 2 and list(tmp_path.glob("out*.partial-*")), 60)
         children = started.children()
         process.send_signal(number)
         code = process.wait(60)
@@ -302,7 +294,7 @@ def test_stopped_midway(tmp_path: Path, tokenizer_flags: list[str], repository: 
     assert not list(tmp_path.glob("out*.bin")) and not list(tmp_path.glob("out*.idx"))
     if number != signal.SIGKILL:
         assert not list(tmp_path.iterdir())
-    wait_until(lambda: not any(map(is_running, children)))
+    wait_until(lambda: not any(child.is_running() for child in children), 60)
     done = subprocess.run(command, input=b'{"text": "ab"}\n', capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert np.fromfile(tmp_path / "out_text_document.bin", "<u2").tolist() == [97, 98, 256]
@@ -319,7 +311,7 @@ def test_a_worker_that_is_killed_is_noticed(tmp_path: Path, tokenizer_flags: lis
         def workers() -> list[psutil.Process]:
             return [child for child in psutil.Process(process.pid).children() if "spawn_main" in str(child.cmdline())]
 
-        wait_until(lambda: len(workers()) == 2)
+        wait_until(lambda: len(workers()) == 2, 60)
         workers()[0].kill()
         process.stdin.write('{"text": "some words"}\n' * 5_000)
         process.stdin.close()
