@@ -16,6 +16,8 @@ from megatron.distributed.topology import Topology
 from megatron.errors import UserError
 from megatron.model.flash_attention import VERSION as FLASH_VERSION
 from megatron.model.flash_attention import flash_obstacle
+from megatron.model.gated_products import VERSION as GATED_VERSION
+from megatron.model.gated_products import gated_obstacle
 from megatron.model.sharding import SequentialGPT, describe_masks
 
 if TYPE_CHECKING:  # it imports DeepSpeed, which a run does only where it must
@@ -67,6 +69,44 @@ def on_attention(config: RunConfig, topology: Topology, obstacle: str | None) ->
     if obstacle is not None:
         return [f"attention: PyTorch's (not FlashAttention: {obstacle})"]
     return [f"attention: FlashAttention {FLASH_VERSION} in training, PyTorch's in validation and for masks"]
+
+
+def gated_obstacle_of(config: RunConfig, topology: Topology) -> str | None:
+    """Why this run does not train with SwiGLU inside of products; None if it does. Collective."""
+    return first_said(topology, _own_gated_obstacle(config, topology))
+
+
+def _own_gated_obstacle(config: RunConfig, topology: Topology) -> str | None:
+    parallel, model = config.parallel, config.model
+    if parallel.no_bias_swiglu_fusion:
+        return "--no-bias-swiglu-fusion"
+    if config.evaluation.skip_train:
+        return "it is for training"
+    if not model.swiglu:
+        return "there is none"
+    if not model.disable_bias_linear:
+        return "it has no biases: --disable-bias-linear"
+    if config.optimizer.fp8:
+        return "it has no fp8"
+    if parallel.compile is False:
+        return "it is for compiled code, and there is --no-compile"
+    if parallel.tensor_model_parallel_size > 1:
+        return "it has no messages beside it, and there is --tensor-model-parallel-size"
+    return gated_obstacle(
+        device=topology.device,
+        half_precision=config.optimizer.bf16 or config.optimizer.fp16,
+        hidden_size=model.hidden_size,
+        ffn_size=model.ffn_size,
+    )
+
+
+def on_gated_products(config: RunConfig, topology: Topology, obstacle: str | None) -> list[str]:
+    """Where SwiGLU is computed in training on a GPU."""
+    if topology.device.type != "cuda" or config.evaluation.skip_train or not config.model.swiglu:
+        return []
+    if obstacle is not None:
+        return [f"SwiGLU: between products (not inside: {obstacle})"]
+    return [f"SwiGLU: inside of products (quack-kernels {GATED_VERSION}) in training"]
 
 
 def on_masks(config: RunConfig, model: SequentialGPT | PipelinedGPT, topology: Topology) -> list[str]:

@@ -213,7 +213,7 @@ def _print_memory(options: argparse.Namespace) -> None:
     print_splits(
         _row(options.model), options.gpus, vocabulary=_padded_vocabulary(), micro_batch_size=options.micro_batch_size,
         global_batch_size=options.global_batch_size, seq_length=options.seq_length, dropout=options.dropout,
-        gpu_bytes=1e9 * options.gpu_memory, fp8=options.fp8,
+        gpu_bytes=1e9 * options.gpu_memory, fp8=options.fp8, gated=options.bias_swiglu_fusion,
     )  # fmt: skip
 
 
@@ -315,6 +315,10 @@ def _parser() -> OneLineParser:
     memory.add_argument("--seq-length", type=int, default=2048, help="tokens per sample [2048]")
     memory.add_argument("--dropout", type=float, default=0.0, help="--hidden-dropout [0]")
     memory.add_argument("--fp8", action="store_true", help="of a run with --fp8, whose blocks keep less")
+    memory.add_argument(
+        "--bias-swiglu-fusion", action="store_true",
+        help="of a run on Hopper GPUs with SwiGLU inside of products (quack-kernels), whose blocks keep less too",
+    )  # fmt: skip
     memory.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="what a GPU has [80]")
     return parser
 

@@ -58,6 +58,7 @@ class ParallelConfig(Options):
         "(PyTorch's), or auto: flash wherever it can be had",
         "auto", choices=("auto", "flash", "fused"),
     )
+    no_bias_swiglu_fusion: bool = option("never compute SwiGLU inside the products around it", False)
     seed: int = option("seed of weights, data order, noise and dropout", 1234, at_least=0, below=2**63)
 
     def _check(self) -> None:

@@ -24,7 +24,8 @@ BUCKET = 5 * 10**8
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How a run is split, by the names of its flags; ``half`` is --bf16 or --fp16."""
+    """How a run is split, by the names of its flags; ``half`` is --bf16 or --fp16, ``gated`` SwiGLU inside of products
+    where they can have it."""
 
     gpus: int
     tensor: int = 1
@@ -34,6 +35,7 @@ class Split:
     sequence_parallel: bool = False
     half: bool = True
     fp8: bool = False
+    gated: bool = False
 
     @property
     def data(self) -> int:
@@ -133,12 +135,12 @@ def _activations(model: ModelConfig, split: Split, blocks: int, tokens: int, in_
     # Outputs of the two norms besides, of which RMSNorm's backward pass makes its inputs again (in fp16 it does not).
     norms = 2 if model.normalization == "rmsnorm" else 4
     kept = norms * stream + (attention + inner) / split.tensor
-    if split.fp8:
-        # Products read rounded copies, which compiled code makes again out of the MLP's first product and, where no
-        # collective is in between, of LayerNorm's inputs.
+    if split.fp8 or (split.gated and split.tensor == 1 and model.swiglu):
+        # The factor of the MLP's last product is made again out of its first product: rounded by compiled code, or by
+        # the product of the backward pass that has SwiGLU inside.
         kept -= model.ffn_size / split.tensor
-        if norms == 4 and split.tensor == 1:
-            kept -= 2 * stream
+    if split.fp8 and norms == 4 and split.tensor == 1:
+        kept -= 2 * stream  # compiled code rounds LayerNorm's inputs again, where no collective is in between
     if model.hidden_dropout > 0 and split.tensor > 1:
         kept += 2 * stream / width  # a byte a number: the masks, which compiled code draws again if the layer is whole
     plan = model.recompute

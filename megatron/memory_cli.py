@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron.budget import ModelRow
 from megatron.memory import Split, estimate
@@ -12,7 +13,7 @@ COLUMNS = ("GPU", "params", "grads", "Adam", "buffers", "kept", "head", "host")
 
 def print_splits(
     row: ModelRow, gpus: int, *, vocabulary: int, micro_batch_size: int, global_batch_size: int, seq_length: int,
-    dropout: float, gpu_bytes: float, fp8: bool = False,
+    dropout: float, gpu_bytes: float, fp8: bool = False, gated: bool = False,
 ) -> None:  # fmt: skip
     """Print one line a split, with and without recomputation, in 1e9 bytes; ``*`` marks those below ``gpu_bytes``.
 
@@ -20,6 +21,7 @@ def print_splits(
     """
     print(f"{'split':<34} {'recompute':<10} " + " ".join(f"{column:>7}" for column in COLUMNS) + "   GB")
     for split in _splits(row, gpus, fp8):
+        split = replace(split, gated=gated)
         micro_batches, rest = divmod(global_batch_size, micro_batch_size * split.data)
         if rest:
             continue

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron import budget
-from megatron.backends import flash_obstacle_of, on_attention, on_masks, open_messages, require_flash
+from megatron.backends import (
+    flash_obstacle_of,
+    gated_obstacle_of,
+    on_attention,
+    on_gated_products,
+    on_masks,
+    open_messages,
+    require_flash,
+)
 from megatron.batch_schedule import BatchSchedule
 from megatron.checkpointing import CheckpointStore, restore_rng
 from megatron.config import RunConfig
@@ -27,7 +35,7 @@ from megatron.errors import UserError
 from megatron.evaluation import Validator
 from megatron.lr_schedule import LearningRateSchedule
 from megatron.model.gpt import build_layers, initialize_weights, recipes
-from megatron.model.sharding import SequentialGPT, compile_blocks, use_flash_attention
+from megatron.model.sharding import SequentialGPT, compile_blocks, use_flash_attention, use_gated_products
 from megatron.objectives import Objective, build_objective
 from megatron.pipelined_engine import PipelinedEngine, build_pipeline
 from megatron.run_metadata import changed_settings, check_compatible, git_commit, library_versions, world_layout
@@ -127,6 +135,7 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
     else:
         engine = PipelinedEngine(model, config, topology, first_batch)
     remarks = [*on_attention(config, topology, obstacle), *on_masks(config, model, topology), *on_messages]
+    remarks += on_gated_products(config, topology, gated_obstacle_of(config, topology))
     progress = _load(config, topology, vocabulary, engine, remarks)
     return Run(
         config=config,
@@ -203,6 +212,8 @@ def build_model(
         train_in_fp8(model)
     if flash_obstacle_of(config, topology) is None:
         use_flash_attention(model)
+    if gated_obstacle_of(config, topology) is None:
+        use_gated_products(model)
     divided = config.parallel.zero_stage == 3
     access = whole_parameter if divided else None
     initialize_weights(list(model.layers), config.model, config.parallel.seed, model.first_layer, access)

@@ -11,7 +11,6 @@ part of its interface, so one version of it is taken and no other. It is optiona
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -22,11 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from megatron.errors import one_line
+from megatron.model.packages import hopper_obstacle, package_obstacle
 
 PACKAGE: Final = "flash-attn-4"
 VERSION: Final = "4.0.0b36"
-INSTALL: Final = "pip install -e '.[flash]' -c constraints.txt"
+_MODULE: Final = "flash_attn.cute.interface"
 HEAD_SIZES: Final = range(32, 129, 32)
 SHORTEST: Final = 64
 """Positions of the shortest sequences that were compared with attention written out."""
@@ -46,13 +45,8 @@ def flash_obstacle(
 
     ``dropout`` is attention's.
     """
-    if device.type != "cuda":
-        return "it needs a GPU"
-    if (found := torch.cuda.get_device_capability(device))[0] != 9:
-        name = torch.cuda.get_device_name(device)
-        return f"it is for GPUs of compute capability 9.0 (Hopper), and {name} has {found[0]}.{found[1]}"
-    if not half_precision:
-        return "it needs --bf16 or --fp16"
+    if (hardware := hopper_obstacle(device, half_precision)) is not None:
+        return hardware
     if dropout > 0:
         return f"it has no dropout, and there is --attention-dropout {dropout}"
     if head_size not in HEAD_SIZES:
@@ -62,29 +56,14 @@ def flash_obstacle(
         )
     if length < SHORTEST:
         return f"it is used from {SHORTEST} positions on"
-    return _package_obstacle()
-
-
-@cache
-def _package_obstacle() -> str | None:
-    try:
-        version = importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{PACKAGE} is not installed: {INSTALL}"
-    if version != VERSION:
-        return f"{PACKAGE} {version} is installed, and {VERSION} is needed: {INSTALL}"
-    try:
-        _library()
-    except Exception as error:  # whatever a package raises whose own needs are of other versions
-        return f"{PACKAGE} cannot be imported ({one_line(error)}): {INSTALL}"
-    return None
+    return package_obstacle(PACKAGE, VERSION, _MODULE)
 
 
 @cache
 def _library() -> Any:
     # What it says about an argument of its own when it compiles a kernel is nothing to a user.
     warnings.filterwarnings("ignore", "Argument aux_data ", UserWarning)
-    return importlib.import_module("flash_attn.cute.interface")
+    return importlib.import_module(_MODULE)
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -50,7 +50,7 @@ from megatron.model.masks import Mask
 from megatron.model.mlp import MLP
 from megatron.model.norm import branch, build_norm
 from megatron.model.partition import cut_of
-from megatron.model.residual import join, joins_alone
+from megatron.model.residual import join, join_mlp, joins_alone
 
 State = tuple[Any, ...]  # tensors; a mask may be FlexAttention's while it is among blocks
 Reduction = Literal["sum", "rows"]
@@ -101,7 +101,7 @@ class Block(nn.Module):
         if chosen is not None:
             hidden = choose_rows(hidden.flatten(0, 1), chosen)
         hidden, normal = branch(self.post_attention_layernorm, hidden, alone)
-        hidden = join(hidden, self.mlp.dense_4h_to_h, self.mlp.inner(normal), self.dropout, self.training)
+        hidden = join_mlp(hidden, self.mlp, normal, self.dropout, self.training)
         return hidden, places, *mask
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megatron.config import ModelConfig
 from megatron.distributed.tensor_parallel import ALONE, ColumnParallelLinear, RowParallelLinear, TensorParallel
+from megatron.model.kernels import in_compiled_code
 from megatron.model.swiglu import swiglu
 
 
@@ -21,6 +22,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, tensor: TensorParallel = ALONE) -> None:
         super().__init__()
         self.swiglu = config.swiglu
+        self.gated_products = False
         bias = not config.disable_bias_linear
         inner = config.ffn_size * (2 if self.swiglu else 1)
         self.dense_h_to_4h = ColumnParallelLinear(config.hidden_size, inner, bias, tensor)
@@ -30,6 +32,11 @@ class MLP(nn.Module):
         """hidden [b, s, h] -> [b, s, h]; with sequence parallelism [own tokens, h], both."""
         out: Tensor = self.dense_4h_to_h(self.inner(hidden))
         return out
+
+    def multiplies_gated(self, x: Tensor) -> bool:
+        """Whether products with SwiGLU inside compute the whole layer now, forward and backward."""
+        plain = self.dense_h_to_4h.is_one_product and self.dense_4h_to_h.is_one_product
+        return self.gated_products and self.training and plain and in_compiled_code(x)
 
     def inner(self, hidden: Tensor) -> Tensor:
         """All but the last product: hidden as :meth:`forward` takes it -> [b, s, ffn / ranks]."""

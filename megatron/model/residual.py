@@ -13,7 +13,9 @@ from torch import Tensor
 
 from megatron.distributed.tensor_parallel import RowParallelLinear
 from megatron.model.dropout import add_dropped
+from megatron.model.gated_products import gated_mlp
 from megatron.model.kernels import in_compiled_code
+from megatron.model.mlp import MLP
 
 
 def joins_alone(layer: RowParallelLinear, probability: float, training: bool) -> bool:
@@ -28,6 +30,16 @@ def join(hidden: Tensor, layer: RowParallelLinear, x: Tensor, probability: float
         out: Tensor = _AddProduct.apply(hidden, x, layer.weight)
         return out
     return add_dropped(hidden, layer(x), probability, training, layer.tensor)
+
+
+def join_mlp(hidden: Tensor, mlp: MLP, x: Tensor, probability: float, training: bool) -> Tensor:
+    """``hidden + dropout(mlp(x))``, all [..., h] in the form that the MLP makes."""
+    if not mlp.multiplies_gated(x):
+        return join(hidden, mlp.dense_4h_to_h, mlp.inner(x), probability, training)
+    weights = (mlp.dense_h_to_4h.weight, mlp.dense_4h_to_h.weight)
+    if training and probability > 0:
+        return add_dropped(hidden, gated_mlp(x, *weights, None), probability, training, mlp.dense_4h_to_h.tensor)
+    return gated_mlp(x, *weights, hidden)
 
 
 class _AddProduct(torch.autograd.Function):

@@ -15,6 +15,7 @@ from megatron.model.attention import Attention
 from megatron.model.cross_entropy import Terms, chunk_terms
 from megatron.model.gpt import Block, Head, Reduction, State, named_parameters
 from megatron.model.head_kernels import has_softmax_terms, narrow_head, softmax_terms
+from megatron.model.mlp import MLP
 from megatron.model.rope import rotary_table
 
 BLOCKS_IN_ONE_GRAPH = 12
@@ -203,6 +204,13 @@ def use_flash_attention(model: Runs) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.flash = True
+
+
+def use_gated_products(model: Runs) -> None:
+    """Let products of MLPs have SwiGLU inside where there is a backward pass. Call it before :func:`compile_blocks`."""
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.gated_products = module.swiglu
 
 
 def describe_masks(model: Runs, device: torch.device, length: int, training: bool) -> str:

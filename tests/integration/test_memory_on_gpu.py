@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron import budget
 from megatron.memory import Split, estimate
+from megatron.model.gated_products import gated_obstacle
 from megatron.tokenizer import build_vocabulary
 from tools import benchmark
 
@@ -74,8 +76,12 @@ def estimated(case: Case) -> float:
     model = budget.read_model_table()[case.model].model(
         SEQ_LENGTH, hidden_dropout=case.dropout, attention_dropout=case.dropout, checkpoint_activations=case.recompute
     )
+    gated = gated_obstacle(
+        device=torch.device("cuda"), half_precision=True, hidden_size=model.hidden_size, ffn_size=model.ffn_size
+    )
     found = estimate(
-        model, Split(gpus=1, zero_stage=case.zero_stage, offload=case.offload, fp8=case.fp8),
+        model,
+        Split(gpus=1, zero_stage=case.zero_stage, offload=case.offload, fp8=case.fp8, gated=gated is None),
         vocabulary=build_vocabulary(budget.GPT2_VOCABULARY, 128).padded_size, micro_batch_size=case.micro_batch,
         seq_length=SEQ_LENGTH, micro_batches=MICRO_BATCHES,
     )  # fmt: skip

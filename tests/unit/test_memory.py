@@ -110,6 +110,12 @@ def test_the_command_prints_every_split(capsys: pytest.CaptureFixture[str]) -> N
     fp8 = capsys.readouterr().out.splitlines()
     assert [line[:45] for line in fp8] == [line[:45] for line in lines]
     assert all(float(a[45:].split()[0]) < float(b[45:].split()[0]) for a, b in zip(fp8[1:7], lines[1:7], strict=True))
+    assert budget_cli.main("memory --model 2298M --gpus 8 --bias-swiglu-fusion".split()) == 0
+    gated = capsys.readouterr().out.splitlines()
+    # Blocks keep as much as with --fp8, but for tensor parallelism, which has none of it.
+    tensor = ["TP" in line for line in lines[1:]]
+    assert any(tensor) and [a == b for a, b in zip(gated[1:], lines[1:], strict=True)] == tensor
+    assert [a for a, cut in zip(gated[1:], tensor) if not cut] == [a for a in fp8[1:] if "TP" not in a]
     assert budget_cli.main("memory --model 2299M".split()) == 2
     assert "did you mean 2298M" in capsys.readouterr().err
     assert budget_cli.main("memory --model 2298M --gpus 0".split()) == 2
@@ -125,4 +131,17 @@ def test_within_ten_percent_of_an_h100(dropout: float, measured: float) -> None:
         kv_channels=row.head_size, max_position_embeddings=2048, hidden_dropout=dropout,
     )  # fmt: skip
     found = estimate(model, Split(gpus=1), vocabulary=50_304, micro_batch_size=16, seq_length=2048, micro_batches=16)
+    assert found.gpu / 1e9 == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "micro_batch", "measured"), [
+    ("425M", 16, 25.3), ("425M", 32, 42.4), ("1143M", 16, 54.9), ("117M", 32, 16.6),
+])  # fmt: skip
+def test_with_swiglu_inside_of_products_too(name: str, micro_batch: int, measured: float) -> None:
+    """docs/performance.md: one H200, MDM, bf16, FlashAttention; 1e9 bytes."""
+    model = budget.read_model_table()[name].model(2048, hidden_dropout=0.0, attention_dropout=0.0)
+    found = estimate(
+        model, Split(gpus=1, gated=True), vocabulary=50_304, micro_batch_size=micro_batch, seq_length=2048,
+        micro_batches=8,
+    )  # fmt: skip
     assert found.gpu / 1e9 == pytest.approx(measured, rel=0.1)

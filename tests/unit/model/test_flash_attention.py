@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.model import flash_attention as module
-from megatron.model.flash_attention import INSTALL, VERSION, flash_attention, flash_obstacle
+from megatron.model.flash_attention import VERSION, flash_attention, flash_obstacle
+from megatron.model.packages import INSTALL, package_obstacle
 from megatron.model.rope import rotary_table, turn_heads
 from megatron.model.sharding import SequentialGPT, compile_blocks, use_flash_attention
 from tests.unit.model.conftest import plain_attention
@@ -36,9 +37,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise importlib.metadata.PackageNotFoundError(name)
             return version
 
-        module._package_obstacle.cache_clear()
+        package_obstacle.cache_clear()
         monkeypatch.setattr(importlib.metadata, "version", installed)
-        monkeypatch.setattr(module, "_library", lambda: None)
+        monkeypatch.setattr(importlib, "import_module", lambda name: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
 
@@ -48,7 +49,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def _forget_the_package() -> Any:
     yield
-    module._package_obstacle.cache_clear()
+    package_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize(("changes", "reason"), [
@@ -90,10 +91,11 @@ def test_a_broken_package_is_an_obstacle(
 ) -> None:
     hopper()
 
-    def broken() -> None:
+    def broken(name: str) -> None:
+        assert name == "flash_attn.cute.interface"
         raise error
 
-    monkeypatch.setattr(module, "_library", broken)
+    monkeypatch.setattr(importlib, "import_module", broken)
     assert flash_obstacle(**USABLE) == f"flash-attn-4 cannot be imported ({text}): {INSTALL}"
 
 
