@@ -92,11 +92,6 @@ class ColumnParallelLinear(nn.Module):
         y = column_product(x, self.weight, ranks, self.tensor.sequence_parallel)
         return y if self.bias is None else y + self.bias
 
-    @property
-    def is_one_product(self) -> bool:
-        """Whether x W^T, in the dtype of x, is all there is to do now."""
-        return self.tensor.ranks is None and self.bias is None and not _multiplies_in_fp8(self)
-
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return _sizes(self)
