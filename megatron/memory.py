@@ -15,6 +15,7 @@ from megatron.config import ModelConfig
 from megatron.distributed.collectives import Ranks
 from megatron.distributed.tensor_parallel import TensorParallel
 from megatron.model.cross_entropy import MAX_CHUNK_ELEMENTS
+from megatron.model.gated_products import size_obstacle
 from megatron.model.gpt import recipes
 from megatron.model.sharding import stage_bounds
 
@@ -135,7 +136,8 @@ def _activations(model: ModelConfig, split: Split, blocks: int, tokens: int, in_
     # Outputs of the two norms besides, of which RMSNorm's backward pass makes its inputs again (in fp16 it does not).
     norms = 2 if model.normalization == "rmsnorm" else 4
     kept = norms * stream + (attention + inner) / split.tensor
-    if split.fp8 or (split.gated and split.tensor == 1 and model.swiglu):
+    fits = model.swiglu and split.tensor == 1 and size_obstacle(h, model.ffn_size) is None
+    if split.fp8 or (split.gated and fits):
         # The factor of the MLP's last product is made again out of its first product: rounded by compiled code, or by
         # the product of the backward pass that has SwiGLU inside.
         kept -= model.ffn_size / split.tensor

@@ -41,11 +41,18 @@ def gated_obstacle(*, device: torch.device, half_precision: bool, hidden_size: i
     """Why MLPs of these sizes cannot have SwiGLU inside their products, in words; None if they can."""
     if (hardware := hopper_obstacle(device, half_precision)) is not None:
         return hardware
+    if (sizes := size_obstacle(hidden_size, ffn_size)) is not None:
+        return sizes
+    return package_obstacle(PACKAGE, VERSION, _MODULE)
+
+
+def size_obstacle(hidden_size: int, ffn_size: int) -> str | None:
+    """The same as far as sizes decide it."""
     if hidden_size < NARROWEST:
         return f"it pays from --hidden-size {NARROWEST} on"
     if hidden_size % MULTIPLE or ffn_size % MULTIPLE:
         return f"it takes sizes that are multiples of {MULTIPLE}, and these are {hidden_size} and {ffn_size}"
-    return package_obstacle(PACKAGE, VERSION, _MODULE)
+    return None
 
 
 def gated_mlp(x: Tensor, up_weight: Tensor, down_weight: Tensor, residual: Tensor | None) -> Tensor:

@@ -116,6 +116,11 @@ def test_the_command_prints_every_split(capsys: pytest.CaptureFixture[str]) -> N
     tensor = ["TP" in line for line in lines[1:]]
     assert any(tensor) and [a == b for a, b in zip(gated[1:], lines[1:], strict=True)] == tensor
     assert [a for a, cut in zip(gated[1:], tensor) if not cut] == [a for a in fp8[1:] if "TP" not in a]
+    # Narrow models have none of it either.
+    assert budget_cli.main("memory --model 57M".split()) == 0
+    narrow = capsys.readouterr().out
+    assert budget_cli.main("memory --model 57M --bias-swiglu-fusion".split()) == 0
+    assert capsys.readouterr().out == narrow
     assert budget_cli.main("memory --model 2299M".split()) == 2
     assert "did you mean 2298M" in capsys.readouterr().err
     assert budget_cli.main("memory --model 2298M --gpus 0".split()) == 2
