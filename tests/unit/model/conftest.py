@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch.library import _scoped_library
 
 from megatron.config import ModelConfig
 from megatron.model.gpt import build_layers, initialize_weights
+from megatron.model.packages import package_obstacle
 from megatron.model.sharding import SequentialGPT
 
 SIZES: dict[str, Any] = {
@@ -59,22 +63,50 @@ def plain_gradient(
         return torch.autograd.grad(plain_attention(heads, queries, keys, causal)[0], heads, grad)[0]
 
 
-@pytest.fixture
-def flash_on_cpu() -> Iterator[set[str]]:
-    """FlashAttention's operators on a CPU, in plain PyTorch; the names of those that were called."""
-    called: set[str] = set()
+@contextlib.contextmanager
+def operators_on_cpu(note: Callable[[str], None], **functions: Callable[..., Any]) -> Iterator[None]:
+    """Operators of ours that only GPUs have, by these ``functions`` on a CPU; ``note`` is told each call's name."""
 
-    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def operator(*arguments: Any) -> Any:
-            called.add(name)
+            note(name)
             return function(*arguments)
 
         return operator
 
     with _scoped_library("megatron", "FRAGMENT") as library:
-        for name, function in (("flash_attention", plain_attention), ("flash_attention_gradient", plain_gradient)):
-            library.impl(name, recorded(name, function), "CPU")
+        for name, function in functions.items():
+            library.impl(name, noted(name, function), "CPU")
+        yield
+
+
+@pytest.fixture
+def flash_on_cpu() -> Iterator[set[str]]:
+    """FlashAttention's operators on a CPU, in plain PyTorch; the names of those that were called."""
+    called: set[str] = set()
+    with operators_on_cpu(called.add, flash_attention=plain_attention, flash_attention_gradient=plain_gradient):
         yield called
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``hopper(package, version, capability)``: such a GPU, and such a package (version None: no package)."""
+
+    def pretend(package: str, version: str | None, capability: tuple[int, int] = (9, 0)) -> None:
+        def installed(name: str) -> str:
+            assert name == package
+            if version is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return version
+
+        package_obstacle.cache_clear()
+        monkeypatch.setattr(importlib.metadata, "version", installed)
+        monkeypatch.setattr(importlib, "import_module", lambda name: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
+
+    yield pretend
+    package_obstacle.cache_clear()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,42 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.model import flash_attention as module
 from megatron.model.flash_attention import VERSION, flash_attention, flash_obstacle
-from megatron.model.packages import INSTALL, package_obstacle
+from megatron.model.packages import INSTALL
 from megatron.model.rope import rotary_table, turn_heads
 from megatron.model.sharding import SequentialGPT, compile_blocks, use_flash_attention
 from tests.unit.model.conftest import plain_attention
 
+INSTALLED: dict[str, Any] = {"package": "flash-attn-4", "version": VERSION}
 Make = Callable[..., SequentialGPT]
 BOTH = {"flash_attention", "flash_attention_gradient"}
 USABLE: dict[str, Any] = {
     "device": torch.device("cuda"), "half_precision": True, "head_size": 128, "length": 2048, "dropout": 0.0,
 }  # fmt: skip
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``hopper(version=..., capability=...)``: such a GPU, and such a flash-attn-4 (None: none)."""
-
-    def pretend(version: str | None = VERSION, capability: tuple[int, int] = (9, 0)) -> None:
-        def installed(name: str) -> str:
-            assert name == "flash-attn-4"
-            if version is None:
-                raise importlib.metadata.PackageNotFoundError(name)
-            return version
-
-        package_obstacle.cache_clear()
-        monkeypatch.setattr(importlib.metadata, "version", installed)
-        monkeypatch.setattr(importlib, "import_module", lambda name: None)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Something")
-
-    return pretend
-
-
-@pytest.fixture(autouse=True)
-def _forget_the_package() -> Any:
-    yield
-    package_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize(("changes", "reason"), [
@@ -65,7 +40,7 @@ def _forget_the_package() -> Any:
     ({"head_size": 80}, "these have 80"),
 ])  # fmt: skip
 def test_where_it_serves(hopper: Callable[..., None], changes: dict[str, Any], reason: str | None) -> None:
-    hopper()
+    hopper(**INSTALLED)
     obstacle = flash_obstacle(**(USABLE | changes))
     assert obstacle is None if reason is None else obstacle is not None and reason in obstacle
 
@@ -77,7 +52,7 @@ def test_where_it_serves(hopper: Callable[..., None], changes: dict[str, Any], r
     ({"version": "4.0.0b1"}, f"flash-attn-4 4.0.0b1 is installed, and {VERSION} is needed: {INSTALL}"),
 ])  # fmt: skip
 def test_what_it_needs(hopper: Callable[..., None], pretended: dict[str, Any], reason: str) -> None:
-    hopper(**pretended)
+    hopper(**(INSTALLED | pretended))
     assert reason in str(flash_obstacle(**USABLE))
 
 
@@ -89,7 +64,7 @@ def test_what_it_needs(hopper: Callable[..., None], pretended: dict[str, Any], r
 def test_a_broken_package_is_an_obstacle(
     hopper: Callable[..., None], monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
 ) -> None:
-    hopper()
+    hopper(**INSTALLED)
 
     def broken(name: str) -> None:
         assert name == "flash_attn.cute.interface"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import _scoped_library
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.model import mlp, residual
 from megatron.model.gated_products import VERSION, apart, gated_mlp, gated_obstacle, interleaved
-from megatron.model.packages import INSTALL, package_obstacle
+from megatron.model.packages import INSTALL
 from megatron.model.sharding import SequentialGPT, use_gated_products
+from tests.unit.model.conftest import operators_on_cpu
 
 Make = Callable[..., SequentialGPT]
 
@@ -47,19 +45,9 @@ def plain_gradient(grad: Tensor, weight: Tensor, inner: Tensor) -> tuple[Tensor,
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The operators on a CPU, in plain PyTorch, as if code were compiled for a GPU; the calls of them."""
     called: list[str] = []
-
-    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def operator(*arguments: Any) -> Any:
-            called.append(name)
-            return function(*arguments)
-
-        return operator
-
-    with _scoped_library("megatron", "FRAGMENT") as library:
-        for name, function in (("gated_product", plain_product), ("gated_product_gradient", plain_gradient)):
-            library.impl(name, recorded(name, function), "CPU")
-        for module in (mlp, residual):
-            monkeypatch.setattr(module, "in_compiled_code", lambda x: True)
+    for module in (mlp, residual):
+        monkeypatch.setattr(module, "in_compiled_code", lambda x: True)
+    with operators_on_cpu(called.append, gated_product=plain_product, gated_product_gradient=plain_gradient):
         yield called
 
 
@@ -128,24 +116,20 @@ def test_the_compiler_knows_what_they_cost() -> None:
 SIZES: dict[str, Any] = {"half_precision": True, "hidden_size": 1024, "ffn_size": 2816}
 
 
-@pytest.mark.parametrize(("changes", "reason"), [
-    ({}, None),
-    ({"half_precision": False}, "it needs --bf16 or --fp16"),
-    ({"hidden_size": 760}, "it pays from --hidden-size 768 on"),
-    ({"hidden_size": 768}, None),
-    ({"ffn_size": 1364}, "it takes sizes that are multiples of 8, and these are 1024 and 1364"),
-    ({"device": torch.device("cpu")}, "it needs a GPU"),
-    ({"version": "0.6.4"}, f"quack-kernels 0.6.4 is installed, and 0.6.5 is needed: {INSTALL}"),
+@pytest.mark.parametrize(("changes", "version", "reason"), [
+    ({}, VERSION, None),
+    ({"half_precision": False}, VERSION, "it needs --bf16 or --fp16"),
+    ({"hidden_size": 760}, VERSION, "it pays from --hidden-size 768 on"),
+    ({"hidden_size": 768}, VERSION, None),
+    ({"ffn_size": 1364}, VERSION, "it takes sizes that are multiples of 8, and these are 1024 and 1364"),
+    ({"device": torch.device("cpu")}, VERSION, "it needs a GPU"),
+    ({}, "0.6.4", f"quack-kernels 0.6.4 is installed, and 0.6.5 is needed: {INSTALL}"),
 ])  # fmt: skip
-def test_where_it_serves(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str | None) -> None:
-    """On a GPU that is told to be one of Hopper's."""
-    package_obstacle.cache_clear()
-    version = changes.pop("version", VERSION)
-    monkeypatch.setattr(importlib.metadata, "version", {"quack-kernels": version}.__getitem__)
-    monkeypatch.setattr(importlib, "import_module", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_where_it_serves(
+    hopper: Callable[..., None], changes: dict[str, Any], version: str, reason: str | None
+) -> None:
+    hopper("quack-kernels", version)
     assert gated_obstacle(**({"device": torch.device("cuda")} | SIZES | changes)) == reason
-    package_obstacle.cache_clear()
 
 
 def test_the_package_is_the_one_that_is_pinned(repository: Any) -> None:
