@@ -38,7 +38,7 @@ def _own_flash_obstacle(config: RunConfig, topology: Topology) -> str | None:
         return f"it has no masks, and {flag} gives every batch one"
     return flash_obstacle(
         device=topology.device,
-        half_precision=config.optimizer.bf16 or config.optimizer.fp16,
+        half_precision=config.optimizer.half_precision,
         head_size=config.model.head_size,
         length=config.batch.seq_length,
         dropout=config.model.attention_dropout,
@@ -94,7 +94,7 @@ def _own_gated_obstacle(config: RunConfig, topology: Topology) -> str | None:
         return "it has no messages beside it, and there is --tensor-model-parallel-size"
     return gated_obstacle(
         device=topology.device,
-        half_precision=config.optimizer.bf16 or config.optimizer.fp16,
+        half_precision=config.optimizer.half_precision,
         hidden_size=model.hidden_size,
         ffn_size=model.ffn_size,
     )
@@ -133,7 +133,7 @@ def open_messages(config: RunConfig, topology: Topology) -> list[str]:
     found: Slots | str = "products in fp8 have no messages beside them"
     if not config.optimizer.fp8:
         # What is gathered, or summed, of the micro-batch's hidden states.
-        width = 2 if config.optimizer.bf16 or config.optimizer.fp16 else 4
+        width = 2 if config.optimizer.half_precision else 4
         expected = config.batch.micro_batch_size * config.batch.seq_length * config.model.hidden_size * width
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
         found = open_slots(topology, expected, timeout)

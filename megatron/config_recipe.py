@@ -281,6 +281,11 @@ class OptimizerConfig(Options):
     loss_scale: float | None = option("static fp16 loss scale instead of a dynamic one", None, above=0)
     max_nan_steps: int = option("stop after this many steps in a row with a loss that is not finite", 3, at_least=1)
 
+    @property
+    def half_precision(self) -> bool:
+        """Whether parameters have 16 bits: --bf16 or --fp16."""
+        return self.bf16 or self.fp16
+
     def _check(self) -> None:
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other: keep one")

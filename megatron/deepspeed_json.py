@@ -104,7 +104,7 @@ def _zero(user: dict[str, Any], config: RunConfig) -> dict[str, Any]:
                 "drop one of them"
             )
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True, **zero.get("offload_optimizer", {})}
-    stages, half = config.parallel.pipeline_model_parallel_size, config.optimizer.bf16 or config.optimizer.fp16
+    stages, half = config.parallel.pipeline_model_parallel_size, config.optimizer.half_precision
     if _device(zero, "offload_optimizer") == "cpu" and stages > 1 and half:
         # Seen: bf16 gradients of all stages but the last are not accumulated, and norms are wrong.
         raise UserError(
