@@ -20,6 +20,10 @@ from megatron.model.gated_products import VERSION as GATED_VERSION
 from megatron.model.gated_products import gated_obstacle
 from megatron.model.sharding import SequentialGPT, describe_masks
 
+WIDEST_BY_GRAPHS = 576
+"""Width up to which micro-batches are CUDA graphs by themselves. Wider models keep the GPU busy as they are, and graphs
+and what is computed besides (sizes that are new or rare, validation) do not share the memory of their activations."""
+
 if TYPE_CHECKING:  # it imports DeepSpeed, which a run does only where it must
     from megatron.model.pipeline import PipelinedGPT
 
@@ -107,6 +111,54 @@ def on_gated_products(config: RunConfig, topology: Topology, obstacle: str | Non
     if obstacle is not None:
         return [f"SwiGLU: between products (not inside: {obstacle})"]
     return [f"SwiGLU: inside of products (quack-kernels {GATED_VERSION}) in training"]
+
+
+def graph_obstacle_of(config: RunConfig, topology: Topology, sums_in_place: bool) -> str | None:
+    """Why this run does not launch micro-batches as CUDA graphs; None if it does. Collective.
+
+    ``sums_in_place``: the engine's.
+
+    Raises:
+        UserError: ``--enable-cuda-graph``, and it cannot.
+    """
+    obstacle = first_said(topology, _own_graph_obstacle(config, topology, sums_in_place))
+    if config.parallel.enable_cuda_graph and not config.evaluation.skip_train and obstacle is not None:
+        raise UserError(f"--enable-cuda-graph: {obstacle}; drop it")
+    return obstacle
+
+
+def _own_graph_obstacle(config: RunConfig, topology: Topology, sums_in_place: bool) -> str | None:
+    parallel, model = config.parallel, config.model
+    if parallel.enable_cuda_graph is False:
+        return "--no-enable-cuda-graph"
+    if config.evaluation.skip_train:
+        return "they are for training"
+    if topology.device.type != "cuda":
+        return "they need a GPU"
+    if parallel.compile is False:
+        return "they are for compiled code, and there is --no-compile"
+    if parallel.pipeline_model_parallel_size > 1 or parallel.tensor_model_parallel_size > 1:
+        return "they are for data parallelism alone"
+    if not sums_in_place:
+        return "they need --bf16 with --zero-stage 1 and the optimizer on the GPU"
+    if config.optimizer.fp8:
+        return "they have not been tried with --fp8"
+    if (flag := _mask_flag(config)) is not None:
+        return f"they have no masks, and {flag} gives every batch one"
+    if model.recompute is not None:
+        return "they have no recomputation"
+    if parallel.enable_cuda_graph is None and model.hidden_size > WIDEST_BY_GRAPHS:
+        return f"they pay up to --hidden-size {WIDEST_BY_GRAPHS}"
+    return None
+
+
+def on_graphs(config: RunConfig, topology: Topology, obstacle: str | None) -> list[str]:
+    """Whether Python launches each kernel of training on a GPU."""
+    if topology.device.type != "cuda" or config.evaluation.skip_train:
+        return []
+    if obstacle is not None:
+        return [f"CUDA graphs: none ({obstacle})"]
+    return ["CUDA graphs: one a micro-batch"]
 
 
 def on_masks(config: RunConfig, model: SequentialGPT | PipelinedGPT, topology: Topology) -> list[str]:

@@ -58,6 +58,9 @@ class ParallelConfig(Options):
         "(PyTorch's), or auto: flash wherever it can be had",
         "auto", choices=("auto", "flash", "fused"),
     )
+    enable_cuda_graph: bool | None = option(
+        "launch each micro-batch of training as one CUDA graph [on with a GPU for narrow models]", None
+    )
     no_bias_swiglu_fusion: bool = option("never compute SwiGLU inside the products around it", False)
     seed: int = option("seed of weights, data order, noise and dropout", 1234, at_least=0, below=2**63)
 

@@ -38,6 +38,11 @@ def add_without_copies(optimizer: Any, add: Callable[[Tensor, Tensor], Any]) -> 
     optimizer._update_hp_grad = update
 
 
+def note_gradients(optimizer: Any) -> None:
+    """Let it know that every parameter's gradient has been added to its sum, though no hook of its own said so."""
+    optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in optimizer.bf16_groups]
+
+
 def step_without_waiting(optimizer: Any) -> bool:
     """Let it decide on the device what it asks the device for: whether to clip, and whether to step at all.
 

@@ -23,7 +23,13 @@ from torch.profiler import record_function
 
 from megatron.async_save import HostCopies
 from megatron.config import ModelConfig, RunConfig
-from megatron.deepspeed_bf16 import add_without_copies, is_bf16_optimizer, step_without_waiting
+from megatron.cuda_graphs import MicroBatchGraphs, Record
+from megatron.deepspeed_bf16 import (
+    add_without_copies,
+    is_bf16_optimizer,
+    note_gradients,
+    step_without_waiting,
+)
 from megatron.deepspeed_json import deepspeed_config, offloads_optimizer
 from megatron.deepspeed_save import save_engine
 from megatron.deepspeed_state import set_parameter
@@ -110,7 +116,9 @@ class Engine:
         self._copies = HostCopies(topology.device) if background else None
         fused = topology.device.type == "cuda" or offloads_optimizer(self.config)
         optimizer = build_optimizer(model.named_weights().items(), config.optimizer, fused)
-        with quiet():
+        # Without graphs of autograd: what flat weights are made of would keep, as long as they live, what adds up each
+        # parameter's gradient, on the stream that is current now.
+        with quiet(), torch.no_grad():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -119,6 +127,7 @@ class Engine:
                 dist_init_required=False,
             )
         optimizer, self._host_decides = self._engine.optimizer, True  # whether a step is applied
+        self._graphs: MicroBatchGraphs | None = None
         if is_bf16_optimizer(optimizer):
             add_without_copies(optimizer, torch.Tensor.add_ if config.parallel.compile is False else add_to)
             self._host_decides = not step_without_waiting(optimizer)
@@ -138,12 +147,12 @@ class Engine:
 
     def train_batch(
         self, batches: Iterator[Batch], micro_batches: int, learning_rate: float,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], None] = lambda: None, *, by_graphs: bool = True,
     ) -> StepResult:
         """Accumulate the gradient of ``micro_batches`` batches, clip it, and step with ``learning_rate``.
 
         ``meanwhile`` is called once the device has the first micro-batch to work at: what waits for the step before is
-        done there.
+        done there. Without ``by_graphs`` every kernel is launched by its own operator, for a profiler to see.
         """
         engine = self._engine
         engine.module.train()
@@ -155,16 +164,44 @@ class Engine:
             batch = next(batches)
             sample_ids.append(batch.sample_ids)
             counted.append(batch.counted.sum() / batch.targets.numel())
-            batch = batch.to(self.topology.device, non_blocking=True)
-            engine.set_gradient_accumulation_boundary(index == micro_batches - 1)
-            loss = _forward(engine, batch)
-            engine.backward(loss / micro_batches, scale_wrt_gas=False)
-            losses.append(loss.detach())
+            last = index == micro_batches - 1
+            if self._graphs is None or not by_graphs:
+                engine.set_gradient_accumulation_boundary(last)
+                losses.append(self._pass(batch.to(self.topology.device, non_blocking=True), micro_batches))
+            else:
+                engine.set_gradient_accumulation_boundary(False)
+                losses.append(self._graphs(batch, micro_batches))
+                if last:
+                    self._end_accumulation()
             if index == 0:
                 meanwhile()
         with record_function(OPTIMIZER):
             engine.step()
         return self._result(torch.stack(losses).mean(), torch.stack(counted).mean(), losses, sample_ids)
+
+    @property
+    def sums_in_place(self) -> bool:
+        """Whether a backward pass adds gradients to fp32 sums that stay where they are: bf16 with ZeRO 1."""
+        return is_bf16_optimizer(self._engine.optimizer)
+
+    def use_graphs(self, record: Record | None = None) -> None:
+        """Let micro-batches be played from recordings (``record``: see there)."""
+        assert self.sums_in_place
+        self._graphs = MicroBatchGraphs(self._pass, self.topology.device, record)
+
+    def _pass(self, batch: Batch, micro_batches: int) -> torch.Tensor:
+        """The loss of ``batch``, on the device; its gradient / ``micro_batches`` is added to what there is."""
+        loss = _forward(self._engine, batch)
+        self._engine.backward(loss / micro_batches, scale_wrt_gas=False)
+        return loss.detach()
+
+    def _end_accumulation(self) -> None:
+        """What DeepSpeed does behind a step's last backward pass, where only the device's part of it was played."""
+        engine = self._engine
+        engine.set_gradient_accumulation_boundary(True)
+        note_gradients(engine.optimizer)
+        if engine.enable_backward_allreduce:
+            engine.allreduce_gradients()
 
     def _prepare_step(self, micro_batches: int, learning_rate: float) -> None:
         """Tell DeepSpeed how many micro-batches the next step has, and its rate."""

@@ -40,12 +40,12 @@ class PipelinedEngine(Engine):
 
     def train_batch(
         self, batches: Iterator[Batch], micro_batches: int, learning_rate: float,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], None] = lambda: None, *, by_graphs: bool = True,
     ) -> StepResult:
         """Accumulate the gradient of ``micro_batches`` batches, clip it, and step with ``learning_rate``.
 
         ``loss`` of the result is known on every stage, ``counted`` on those that read batches (elsewhere 1).
-        ``meanwhile`` is called first: DeepSpeed runs the whole step in one call.
+        ``meanwhile`` is called first: DeepSpeed runs the whole step in one call. There are no graphs.
         """
         meanwhile()
         self._prepare_step(micro_batches, learning_rate)

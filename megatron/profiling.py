@@ -56,6 +56,11 @@ class StepProfiler:
             except OSError as error:
                 raise UserError(f"--profile-dir {config.profile_dir} cannot be made: {describe(error)}") from error
 
+    @property
+    def is_running(self) -> bool:
+        """Whether what is launched now is profiled, or the next step will be."""
+        return self._profile is not None
+
     def begin_step(self, number: int) -> None:
         """Say that step ``number`` of the run (from 1) is about to begin."""
         if not self._active or number not in (self._config.profile_step_start - 1, self._config.profile_step_start):

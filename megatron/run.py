@@ -14,8 +14,10 @@ from megatron import budget
 from megatron.backends import (
     flash_obstacle_of,
     gated_obstacle_of,
+    graph_obstacle_of,
     on_attention,
     on_gated_products,
+    on_graphs,
     on_masks,
     open_messages,
     require_flash,
@@ -134,8 +136,12 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
         engine = Engine(model, config, topology, first_batch)
     else:
         engine = PipelinedEngine(model, config, topology, first_batch)
+    graph_obstacle = graph_obstacle_of(config, topology, engine.sums_in_place)
+    if graph_obstacle is None:
+        engine.use_graphs()
     remarks = [*on_attention(config, topology, obstacle), *on_masks(config, model, topology), *on_messages]
     remarks += on_gated_products(config, topology, gated_obstacle_of(config, topology))
+    remarks += on_graphs(config, topology, graph_obstacle)
     progress = _load(config, topology, vocabulary, engine, remarks)
     return Run(
         config=config,

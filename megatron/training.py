@@ -143,7 +143,9 @@ class Loop:
         assert run.learning_rate is not None
         rate = run.learning_rate.at(progress.samples)
         count = micro_batches(self.config.batch.micro_batch_size, self.topology.data_parallel_size, size)
-        result = run.engine.train_batch(batches, count, rate, meanwhile=self.settle)
+        result = run.engine.train_batch(
+            batches, count, rate, meanwhile=self.settle, by_graphs=not self.profiler.is_running
+        )
         if any_rank(self.topology, batches.error is not None):
             with agree_on_error(self.topology):
                 if batches.error is not None:
