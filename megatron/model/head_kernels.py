@@ -20,7 +20,8 @@ if TRITON:
     import triton.language as tl
 
 ALIGNMENT = 8
-"""Logits at whose multiples rows start, so that loads are wide."""
+"""Numbers at whose multiples rows start, so that loads are wide."""
+
 
 def has_softmax_terms(logits: Tensor) -> bool:
     """Whether :func:`softmax_terms` takes these logits [n, c]."""
@@ -36,28 +37,37 @@ def softmax_terms(logits: Tensor, targets: Tensor, weights: Tensor, num_tokens: 
     # a processor are 26 MB of the 50 that an H100's holds. Three were slower, one too.
     programs = min(rows, 2 * torch.cuda.get_device_properties(logits.device).multi_processor_count)
     _softmax_kernel[(programs,)](
-        logits, targets, weights, nll, rows, columns // ALIGNMENT, num_tokens, ALIGNMENT, 8192, num_warps=16
+        logits, targets, weights, nll, rows, columns // ALIGNMENT, num_tokens, ALIGNMENT, 4096, 4, num_warps=16
     )
     return nll, logits
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Sizes with which the kernels of ``narrow_head`` were fastest on an H100, for widths up to ``width``: rows and
-    columns of a tile of logits and warps, of one that makes the gradient of hidden and one that makes the head's."""
+    """Rows and columns of a tile of logits, warps, and tiles of the other factor under way: of the kernel that makes
+    the gradient of hidden and of the one that makes the head's, with which they were fastest on an H200."""
 
-    width: int
-    by_rows: tuple[int, int, int]
-    by_columns: tuple[int, int, int]
+    by_rows: tuple[int, int, int, int]
+    by_columns: tuple[int, int, int, int]
 
-    @property
-    def shared_memory(self) -> int:
-        """Bytes that a processor holds of the factors (three tiles of the one that the loop is over), and some more."""
-        (rows, columns, _), (inner_rows, inner_columns, _) = self.by_rows, self.by_columns
-        return 2 * self.width * max(rows + 3 * columns, 3 * inner_rows + inner_columns) + 2**14
+    def shared_memory(self, width: int) -> int:
+        """Bytes that a processor holds of the factors, ``width`` wide, and some more."""
+        (rows, columns, _, ahead), (inner_rows, inner_columns, _, inner_ahead) = self.by_rows, self.by_columns
+        return 2 * width * max(rows + ahead * columns, inner_ahead * inner_rows + inner_columns) + 2**14
 
 
-_TILES = (_Tiles(128, (64, 128, 4), (64, 64, 4)), _Tiles(256, (128, 64, 8), (64, 128, 8)))
+_TILES = {
+    128: _Tiles((64, 128, 4, 3), (64, 64, 4, 3)),
+    256: _Tiles((128, 64, 8, 3), (64, 128, 8, 3)),
+    288: _Tiles((128, 64, 8, 3), (64, 64, 4, 2)),
+    320: _Tiles((128, 64, 8, 3), (64, 128, 8, 3)),
+}
+"""By the widest hidden states that they are for."""
+WIDEST_PART = 256
+"""Hidden states are multiplied in parts, whose sizes must be powers of two. A part that is filled up with zeros is
+faster than more parts: 224 as 256 took 9.97 ms where 128, 64 and 32 took 10.46."""
+_LARGEST_TOTAL = {torch.bfloat16: 2.0**96, torch.float16: 2.0**15}
+"""A row's sum of exponentials, of which the first tile's largest is 1, below which none of it has overflown."""
 
 
 def narrow_head(
@@ -68,8 +78,8 @@ def narrow_head(
 
     Logits never leave the processor: one kernel goes over the vocabulary for each few rows of hidden as attention goes
     over keys (Dao et al., arXiv 2205.14135, algorithm 1), and makes nll and the gradient of hidden; another goes over
-    all rows for each few rows of the head. ``weights`` are fp32, ``targets`` below V; of one that is no token nll is
-    infinite.
+    all rows for each few rows of the head. ``weights`` are fp32 and not negative, ``targets`` below V; of one that is
+    no token nll is infinite.
     """
     (rows, width), vocabulary = hidden.shape, len(head)
     if not (takes(hidden) and hidden.dtype == head.dtype != torch.float32 and width % ALIGNMENT == 0):
@@ -77,31 +87,63 @@ def narrow_head(
     if not (hidden.is_contiguous() and head.is_contiguous() and max(hidden.numel(), head.numel()) < 2**31):
         return None
     properties = torch.cuda.get_device_properties(hidden.device)
-    tiles = next((tiles for tiles in _TILES if width <= tiles.width), None)
-    if tiles is None or getattr(properties, "shared_memory_per_block_optin", 0) < tiles.shared_memory:
+    tiles = next((tiles for widest, tiles in _TILES.items() if width <= widest), None)
+    sizes = (width,) if width <= WIDEST_PART else (WIDEST_PART, width - WIDEST_PART)
+    parts = tuple(max(16, triton.next_power_of_2(size)) for size in sizes)
+    if tiles is None or getattr(properties, "shared_memory_per_block_optin", 0) < tiles.shared_memory(sum(parts)):
         return None
-    nll, normalizers = torch.empty_like(weights), torch.empty_like(weights)
+    nll, normalizers, lacking = (torch.empty_like(weights) for _ in range(3))
     grad_hidden = torch.empty_like(hidden)
     grad_head = torch.empty(vocabulary, width, dtype=torch.float32, device=head.device)
-    block = max(16, triton.next_power_of_2(width))  # the least that is multiplied
-    at, of, warps = tiles.by_rows
-    _head_by_rows_kernel[(triton.cdiv(rows, at),)](
-        hidden, head, targets, weights, nll, normalizers, grad_hidden, rows, num_tokens, width, block, at, of,
-        num_warps=warps,
-    )  # fmt: skip
-    at, of, warps = tiles.by_columns
+    at, of, warps, ahead = tiles.by_rows
+    has_target, count = _tiles_with_targets(targets, vocabulary, at, of)
+    overflown = torch.empty(triton.cdiv(rows, at), dtype=torch.uint8, device=hidden.device)
+    for again in (False, True):
+        _head_by_rows_kernel[(len(overflown),)](
+            hidden, head, targets, weights, has_target, overflown, nll, normalizers, lacking, grad_hidden, rows,
+            num_tokens, count, _LARGEST_TOTAL[hidden.dtype], width, sizes, parts, at, of, ahead, again, num_warps=warps,
+        )  # fmt: skip
+    at, of, warps, ahead = tiles.by_columns
+    has_target, count = _tiles_with_targets(targets, vocabulary, at, of)
     _head_by_columns_kernel[(triton.cdiv(vocabulary, of),)](
-        hidden, head, targets, weights, nll, normalizers, grad_head, rows, num_tokens, vocabulary, width, block, at, of,
-        num_warps=warps,
+        hidden, head, targets, has_target, normalizers, lacking, grad_head, rows, num_tokens, vocabulary, count,
+        width, sizes, parts, at, of, ahead, num_warps=warps,
     )  # fmt: skip
     return nll, grad_hidden, grad_head
+
+
+def _tiles_with_targets(targets: Tensor, vocabulary: int, rows: int, columns: int) -> tuple[Tensor, int]:
+    """Of logits cut into tiles, whether each holds a target (uint8, tiles of the first rows first), and how many tiles
+    lie side by side: most hold none, and need not look for it number by number."""
+    count = triton.cdiv(vocabulary, columns)
+    found = torch.zeros(triton.cdiv(len(targets), rows) * count, dtype=torch.uint8, device=targets.device)
+    row = torch.arange(len(targets), device=targets.device)
+    return found.index_fill_(0, row // rows * count + targets // columns, 1), count
 
 
 if TRITON:
 
     @triton.jit
+    def _some_logits(at, column, columns, tokens, last: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Logits ``column`` of the row ``at``, -inf where there is no token. Loads are wide only if all of a group of
+        columns is loaded or none."""
+        if last:
+            x = tl.load(at + column, column < columns, -float("inf")).to(tl.float32)
+            return tl.where(column < tokens, x, -float("inf"))
+        return tl.load(at + column).to(tl.float32)
+
+    @triton.jit
+    def _take_in(x, top, total):  # type: ignore[no-untyped-def]
+        """The largest logit of each thread and the sum of exponentials below it, with ``x``."""
+        log2_e: tl.constexpr = 1.4426950408889634
+        higher = tl.maximum(top, tl.max(x, 1))
+        p = tl.exp2(x * log2_e - (higher * log2_e)[:, None])
+        return higher, total * tl.exp2((top - higher) * log2_e) + tl.sum(p, 1)
+
+    @triton.jit
     def _softmax_kernel(  # type: ignore[no-untyped-def]
-        logits, targets, weights, nll, rows, groups, tokens, alignment: tl.constexpr, block: tl.constexpr
+        logits, targets, weights, nll, rows, groups, tokens, alignment: tl.constexpr, block: tl.constexpr,
+        ahead: tl.constexpr,
     ):
         """Rows ``program_id(0)``, and on in steps of the number of programs. Exponentials are powers of two.
 
@@ -111,111 +153,213 @@ if TRITON:
         groups_of_block: tl.constexpr = block // alignment
         offset = tl.arange(0, groups_of_block)[:, None] * alignment + tl.arange(0, alignment)[None, :]
         columns = groups * alignment
+        whole = tokens // block * block
         for row in range(tl.program_id(0), rows, tl.num_programs(0)):
             at = logits + tl.cast(row, tl.int64) * groups * alignment
             target = tl.load(targets + row)
             logit = tl.load(at + target, target < tokens, -float("inf")).to(tl.float32)
             weight = tl.load(weights + row)
-            top = tl.full((groups_of_block,), -3e38, tl.float32)  # finite: a group may have no token
+            top = tl.full((groups_of_block,), -1e38, tl.float32)  # finite: a group may have no token
             total = tl.zeros((groups_of_block,), tl.float32)
-            for start in range(0, tokens, block):
-                column = start + offset
-                x = tl.load(at + column, column < tokens, -float("inf")).to(tl.float32) * log2_e
-                higher = tl.maximum(top, tl.max(x, 1))
-                total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(x - higher[:, None]), 1)
-                top = higher
+            for start in tl.range(0, whole, block, num_stages=ahead):
+                top, total = _take_in(_some_logits(at, start + offset, columns, tokens, False), top, total)
+            if whole < tokens:
+                top, total = _take_in(_some_logits(at, whole + offset, columns, tokens, True), top, total)
             highest = tl.max(top, 0)
-            normalizer = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
+            normalizer = highest * log2_e + tl.log2(tl.sum(total * tl.exp2((top - highest) * log2_e), 0))
             tl.store(nll + row, normalizer / log2_e - logit)
             tl.debug_barrier()  # every thread has read the target's logit
-            for start in range(0, columns, block):
-                column = start + offset
-                x = tl.load(at + column, column < tokens, -float("inf")).to(tl.float32) * log2_e
-                p = tl.exp2(x - normalizer) * weight
-                tl.store(at + column, p.to(logits.dtype.element_ty), column < columns)
+            for start in tl.range(0, whole, block, num_stages=ahead):
+                x = _some_logits(at, start + offset, columns, tokens, False)
+                p = tl.exp2(x * log2_e - normalizer) * weight
+                tl.store(at + start + offset, p.to(logits.dtype.element_ty))
+            if whole < columns:
+                x = _some_logits(at, whole + offset, columns, tokens, True)
+                p = tl.exp2(x * log2_e - normalizer) * weight
+                tl.store(at + whole + offset, p.to(logits.dtype.element_ty), whole + offset < columns)
+
+    @triton.jit
+    def _load_parts(  # type: ignore[no-untyped-def]
+        at, inside, some: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr
+    ):
+        """The rows that begin at ``at``, cut into matrices of ``sizes`` columns, filled up to ``parts``. Of ``some``
+        only those ``inside``."""
+        out = ()
+        for part in tl.static_range(len(parts)):
+            feature = tl.arange(0, parts[part])[None, :]
+            place = at[:, None] + feature
+            if some:
+                out = out + (tl.load(place, inside[:, None] & (feature < sizes[part]), 0.0),)  # type: ignore[assignment]
+            elif sizes[part] < parts[part]:
+                out = out + (tl.load(place, feature < sizes[part], 0.0),)  # type: ignore[assignment]
+            else:
+                out = out + (tl.load(place),)  # type: ignore[assignment]
+            at += sizes[part]
+        return out
+
+    @triton.jit
+    def _product(x, w):  # type: ignore[no-untyped-def]
+        """x w^T, both in parts."""
+        out = tl.dot(x[0], tl.trans(w[0]))
+        for part in tl.static_range(1, len(x)):
+            out = tl.dot(x[part], tl.trans(w[part]), out)
+        return out
+
+    @triton.jit
+    def _add_products(p, w, total):  # type: ignore[no-untyped-def]
+        """total + p w, in parts."""
+        out = ()
+        for part in tl.static_range(len(w)):
+            out = out + (tl.dot(p, w[part], total[part]),)  # type: ignore[assignment]
+        return out
+
+    @triton.jit
+    def _zeros(rows: tl.constexpr, parts: tl.constexpr):  # type: ignore[no-untyped-def]
+        out = ()
+        for part in tl.static_range(len(parts)):
+            out = out + (tl.full((rows, parts[part]), 0.0, tl.float32),)  # type: ignore[assignment]
+        return out
+
+    @triton.jit
+    def _tile_of_logits(  # type: ignore[no-untyped-def]
+        x, head, column, tokens, width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr, some: tl.constexpr
+    ):
+        """Rows ``column`` of the head, and their products with x; -inf, if there are ``some``, at ids that are none."""
+        w = _load_parts(head + column * width, column < tokens, some, sizes, parts)
+        logits = _product(x, w)
+        if some:
+            logits = tl.where((column < tokens)[None, :], logits, -float("inf"))
+        return w, logits
 
     @triton.jit
     def _add_tile(  # type: ignore[no-untyped-def]
-        x, head, target, column, tokens, top, total, mean, width: tl.constexpr, block: tl.constexpr, last: tl.constexpr
+        x, head, target, has_target, start, tokens, top, total, mean,
+        width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr, column_block: tl.constexpr, last: tl.constexpr,
     ):
-        """Take ids ``column`` in: the largest logit, the sum of exponentials, and the head's rows weighted by them and
-        added up, without the target's."""
+        """Take ids ``start`` and following in: the sum of exponentials, and the head's rows weighted by them and added
+        up, without the target's."""
         log2_e: tl.constexpr = 1.4426950408889634
-        feature = tl.arange(0, block)
-        inside = (feature < width)[None, :]
-        if last:
-            inside = inside & (column < tokens)[:, None]
-        w = tl.load(head + column[:, None] * width + feature[None, :], inside, 0.0)
-        logits = tl.dot(x, tl.trans(w))
-        if last:
-            logits = tl.where((column < tokens)[None, :], logits, -float("inf"))
-        higher = tl.maximum(top, tl.max(logits, 1) * log2_e)
-        p = tl.exp2(logits * log2_e - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        p = tl.where(target[:, None] == column[None, :], 0.0, p)
-        return higher, total, tl.dot(p.to(w.dtype), w, mean * shrink[:, None])
+        hit = tl.load(has_target + start // column_block)
+        column = tl.arange(0, column_block)
+        w, logits = _tile_of_logits(x, head, start + column, tokens, width, sizes, parts, last)
+        p = tl.exp2(logits * log2_e - top[:, None])
+        total += tl.sum(p, 1)
+        if hit:
+            p = tl.where((target - start)[:, None] == column[None, :], 0.0, p)
+        return total, _add_products(p.to(w[0].dtype), w, mean)
 
     @triton.jit
     def _head_by_rows_kernel(  # type: ignore[no-untyped-def]
-        hidden, head, targets, weights, nll, normalizers, grad_hidden, rows, tokens,
-        width: tl.constexpr, block: tl.constexpr, row_block: tl.constexpr, column_block: tl.constexpr,
+        hidden, head, targets, weights, has_target, overflown, nll, normalizers, lacking, grad_hidden, rows, tokens,
+        count, largest: tl.constexpr, width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr,
+        row_block: tl.constexpr, column_block: tl.constexpr, ahead: tl.constexpr, again: tl.constexpr,
     ):
-        """nll and the gradient of hidden for ``row_block`` rows."""
+        """nll and the gradient of hidden for ``row_block`` rows; ``again``, only where it was ``overflown``."""
         log2_e: tl.constexpr = 1.4426950408889634
+        if again:  # noqa: SIM102  (decided when this is compiled)
+            if tl.load(overflown + tl.program_id(0)) == 0:
+                return
         row = tl.program_id(0) * row_block + tl.arange(0, row_block)
-        feature = tl.arange(0, block)
-        inside = (row < rows)[:, None] & (feature < width)[None, :]
-        at = row[:, None] * width + feature[None, :]
-        x = tl.load(hidden + at, inside, 0.0)
-        target = tl.load(targets + row, row < rows, 0).to(tl.int32)
-        top = tl.full((row_block,), -float("inf"), tl.float32)
+        inside = row < rows
+        x = _load_parts(hidden + row * width, inside, True, sizes, parts)
+        target = tl.load(targets + row, inside, 0).to(tl.int32)
+        has_target += tl.program_id(0) * count
+        # Exponentials are of what a logit is above the first tile's largest: a maximum that is kept up to date in every
+        # tile, and what was added up before it scaled to it, takes as long as the products. Where some logits are too
+        # far above, all is done once more with the largest of all.
+        w, logits = _tile_of_logits(x, head, tl.arange(0, column_block), tokens, width, sizes, parts, True)
+        top = tl.max(logits, 1)
+        if again:
+            for start in tl.range(column_block, tokens, column_block, num_stages=ahead):
+                column = start + tl.arange(0, column_block)
+                w, logits = _tile_of_logits(x, head, column, tokens, width, sizes, parts, True)
+                top = tl.maximum(top, tl.max(logits, 1))
+        top *= log2_e
         total = tl.zeros((row_block,), tl.float32)
-        mean = tl.zeros((row_block, block), tl.float32)
-        column = tl.arange(0, column_block)
+        mean = _zeros(row_block, parts)
         whole = tokens // column_block * column_block
-        for start in tl.range(0, whole, column_block, num_stages=3):
-            top, total, mean = _add_tile(
-                x, head, target, start + column, tokens, top, total, mean, width, block, False
-            )
+        for start in tl.range(0, whole, column_block, num_stages=ahead):
+            total, mean = _add_tile(
+                x, head, target, has_target, start, tokens, top, total, mean,
+                width, sizes, parts, column_block, False,
+            )  # fmt: skip
         if whole < tokens:
-            top, total, mean = _add_tile(x, head, target, whole + column, tokens, top, total, mean, width, block, True)
+            total, mean = _add_tile(
+                x, head, target, has_target, whole, tokens, top, total, mean,
+                width, sizes, parts, column_block, True,
+            )  # fmt: skip
+        if not again:
+            tl.store(overflown + tl.program_id(0), tl.max((total < largest).to(tl.int32) ^ 1, 0))
         normalizer = top + tl.log2(total)
-        w = tl.load(head + target[:, None] * width + feature[None, :], inside, 0.0).to(tl.float32)
-        logit = tl.where(target < tokens, tl.sum(x.to(tl.float32) * w, 1), -float("inf"))
+        w = _load_parts(head + target * width, inside, True, sizes, parts)
+        logit = tl.zeros((row_block,), tl.float32)
+        for part in tl.static_range(len(parts)):
+            logit += tl.sum(x[part].to(tl.float32) * w[part].to(tl.float32), 1)
+        logit = tl.where(target < tokens, logit, -float("inf"))
         loss = normalizer / log2_e - logit
         loss = tl.where(loss < 0.0, 0.0, loss)  # by rounding; NaN stays
-        weight = tl.load(weights + row, row < rows, 0.0)
+        weight = tl.load(weights + row, inside, 0.0)
         # The target's row of the head counts by what its probability lacks to 1, which nll says without cancellation.
-        grad = (mean / total[:, None] + (tl.exp2(-loss * log2_e) - 1)[:, None] * w) * weight[:, None]
-        tl.store(nll + row, loss, row < rows)
-        tl.store(normalizers + row, normalizer, row < rows)
-        tl.store(grad_hidden + at, grad.to(grad_hidden.dtype.element_ty), inside)
+        lacks = (tl.exp2(-loss * log2_e) - 1) * weight
+        tl.store(nll + row, loss, inside)
+        tl.store(normalizers + row, normalizer - tl.log2(weight), inside)
+        tl.store(lacking + row, lacks, inside)
+        at = grad_hidden + row * width
+        for part in tl.static_range(len(parts)):
+            grad = mean[part] * (weight / total)[:, None] + lacks[:, None] * w[part].to(tl.float32)
+            feature = tl.arange(0, parts[part])[None, :]
+            within = inside[:, None] & (feature < sizes[part])
+            tl.store(at[:, None] + feature, grad.to(grad_hidden.dtype.element_ty), within)
+            at += sizes[part]
+
+    @triton.jit
+    def _add_rows(  # type: ignore[no-untyped-def]
+        w, hidden, targets, has_target, normalizers, lacking, column, start, rows, total,
+        width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr, row_block: tl.constexpr, last: tl.constexpr,
+    ):
+        """Take rows ``start`` and following in: hidden weighted by the gradients of the logits and added up."""
+        log2_e: tl.constexpr = 1.4426950408889634
+        hit = tl.load(has_target)
+        row = start + tl.arange(0, row_block)
+        x = _load_parts(hidden + row * width, row < rows, last, sizes, parts)
+        if last:
+            normalizer = tl.load(normalizers + row, row < rows, float("inf"))
+        else:
+            normalizer = tl.load(normalizers + row)
+        p = tl.exp2(_product(w, x) * log2_e - normalizer[None, :])
+        if hit:
+            target = tl.load(targets + row, row < rows, -1).to(tl.int32)
+            lacks = tl.load(lacking + row, row < rows, 0.0)
+            p = tl.where(target[None, :] == column[:, None], lacks[None, :], p)
+        return _add_products(p.to(x[0].dtype), x, total)
 
     @triton.jit
     def _head_by_columns_kernel(  # type: ignore[no-untyped-def]
-        hidden, head, targets, weights, nll, normalizers, grad_head, rows, tokens, vocabulary,
-        width: tl.constexpr, block: tl.constexpr, row_block: tl.constexpr, column_block: tl.constexpr,
+        hidden, head, targets, has_target, normalizers, lacking, grad_head, rows, tokens, vocabulary, count,
+        width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr, row_block: tl.constexpr,
+        column_block: tl.constexpr, ahead: tl.constexpr,
     ):
-        """The gradient of ``column_block`` rows of the head."""
-        log2_e: tl.constexpr = 1.4426950408889634
+        """The gradient of ``column_block`` rows of the head. ``normalizers`` have the rows' weights in them, and
+        ``lacking`` is the gradient of the targets' logits."""
         column = tl.program_id(0) * column_block + tl.arange(0, column_block)
-        feature = tl.arange(0, block)
-        at = column[:, None] * width + feature[None, :]
-        w = tl.load(head + at, (column < tokens)[:, None] & (feature < width)[None, :], 0.0)
-        total = tl.zeros((column_block, block), tl.float32)
-        for start in tl.range(0, rows, row_block, num_stages=3):
-            row = start + tl.arange(0, row_block)
-            inside = row < rows
-            x = tl.load(
-                hidden + row[:, None] * width + feature[None, :], inside[:, None] & (feature < width)[None, :], 0.0
-            )
-            normalizer = tl.load(normalizers + row, inside, 0.0)
-            weight = tl.load(weights + row, inside, 0.0)
-            target = tl.load(targets + row, inside, -1).to(tl.int32)
-            missing = (tl.exp2(-tl.load(nll + row, inside, 0.0) * log2_e) - 1) * weight
-            p = tl.exp2(tl.dot(w, tl.trans(x)) * log2_e - normalizer[None, :]) * weight[None, :]
-            p = tl.where(target[None, :] == column[:, None], missing[None, :], p)
-            total = tl.dot(p.to(x.dtype), x, total)
-        total = tl.where((column < tokens)[:, None], total, 0.0)
-        tl.store(grad_head + at, total, (column < vocabulary)[:, None] & (feature < width)[None, :])
+        w = _load_parts(head + column * width, column < tokens, True, sizes, parts)
+        total = _zeros(column_block, parts)
+        has_target += tl.program_id(0)
+        whole = rows // row_block * row_block
+        for start in tl.range(0, whole, row_block, num_stages=ahead):
+            total = _add_rows(
+                w, hidden, targets, has_target, normalizers, lacking, column, start, rows, total,
+                width, sizes, parts, row_block, False,
+            )  # fmt: skip
+            has_target += count
+        if whole < rows:
+            total = _add_rows(
+                w, hidden, targets, has_target, normalizers, lacking, column, whole, rows, total,
+                width, sizes, parts, row_block, True,
+            )  # fmt: skip
+        at = grad_head + column * width
+        for part in tl.static_range(len(parts)):
+            feature = tl.arange(0, parts[part])[None, :]
+            grad = tl.where((column < tokens)[:, None], total[part], 0.0)
+            tl.store(at[:, None] + feature, grad, (column < vocabulary)[:, None] & (feature < sizes[part]))
+            at += sizes[part]
