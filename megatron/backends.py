@@ -147,6 +147,8 @@ def _own_graph_obstacle(config: RunConfig, topology: Topology, sums_in_place: bo
         return f"they have no masks, and {flag} gives every batch one"
     if model.recompute is not None:
         return "they have no recomputation"
+    if parallel.enable_cuda_graph is None and topology.data_parallel_size > 1:
+        return "several GPUs have not run them yet; --enable-cuda-graph asks for them"
     if parallel.enable_cuda_graph is None and model.hidden_size > WIDEST_BY_GRAPHS:
         return f"they pay up to --hidden-size {WIDEST_BY_GRAPHS}"
     return None

@@ -140,6 +140,13 @@ def test_a_run_on_a_gpu_says_whether(changes: dict[str, Any], sums_in_place: boo
     assert backends.on_graphs(config, ON_GPU, obstacle) == [said]
 
 
+def test_several_gpus_have_them_if_they_are_asked_for() -> None:
+    several = replace(ON_GPU, grid=replace(ON_GPU.grid, data_size=2))
+    obstacle = backends._own_graph_obstacle(run_config(**NARROW), several, True)
+    assert obstacle == "several GPUs have not run them yet; --enable-cuda-graph asks for them"
+    assert backends._own_graph_obstacle(run_config(**NARROW, enable_cuda_graph=True), several, True) is None
+
+
 def test_batches_with_masks_have_none() -> None:
     config = run_config(**NARROW)
     config = replace(config, objective=replace(config.objective, reset_attention_mask=True))
