@@ -88,6 +88,12 @@ def _zero(user: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     """The section of ZeRO. ``--cpu-optimizer`` is its ``offload_optimizer`` to the CPU."""
     path, stage = config.parallel.deepspeed_config, config.parallel.zero_stage
     zero = {**user.get("zero_optimization", {}), "stage": max(1, stage)}
+    if zero.get("round_robin_gradients"):
+        # It stores the flat vectors in another order than it says: parameters would be read from others' places.
+        raise UserError(
+            f"{path}: zero_optimization.round_robin_gradients: checkpoints of it cannot be read under another split, "
+            "by evaluation or by conversion: remove it"
+        )
     for key in ("offload_optimizer", "offload_param"):
         device = _device(zero, key)
         if device not in (None, "none", "cpu"):

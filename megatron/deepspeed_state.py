@@ -1,13 +1,13 @@
 """Set a parameter's weight and Adam's moments in DeepSpeed's optimizers, wherever a ZeRO stage keeps this rank's share.
 
 How a checkpoint is loaded under another split than it was saved with: values come whole and by name, and every rank
-writes what it has of them.
+writes what it has of them. And how one is loaded by DeepSpeed itself: with its state, not with its run's settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,3 +94,32 @@ def _divided_place(optimizer: Any, parameter: nn.Parameter) -> _Place:
     first = size * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
     count = max(0, min(size, parameter.ds_numel - first))  # type: ignore[attr-defined]
     return _Place(optimizer.fp32_partitioned_groups_flat[group], start, first, count)
+
+
+_RUNNING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What a dynamic loss scale has come to; its other attributes are settings."""
+
+
+@contextmanager
+def settings_kept(optimizer: Any) -> Iterator[None]:
+    """Whatever DeepSpeed's ``optimizer`` loads meanwhile, its settings stay this run's: Adam's options, the limit of
+    the norm, the kind of loss scale. Files of a checkpoint hold those of the run that wrote it."""
+    adam = optimizer.optimizer
+    options = [{name: value for name, value in group.items() if name != "params"} for group in adam.param_groups]
+    own = {name: getattr(optimizer, name) for name in ("clip_grad", "dynamic_loss_scale") if hasattr(optimizer, name)}
+    scaler = getattr(optimizer, "loss_scaler", None)
+    yield
+    for group, kept in zip(adam.param_groups, options, strict=True):
+        group.update(kept)
+        for state in (adam.state[parameter] for parameter in group["params"] if parameter in adam.state):
+            if isinstance(state.get("step"), Tensor):
+                # Where PyTorch wants it: beside what a fused step works on, else on the host.
+                state["step"] = state["step"].to(state["exp_avg"].device if group.get("fused") else "cpu")
+    for name, value in own.items():
+        setattr(optimizer, name, value)
+    loaded = getattr(optimizer, "loss_scaler", None)
+    if scaler is not None and loaded is not scaler:
+        if scaler.dynamic and loaded is not None and loaded.dynamic:
+            for name in _RUNNING:
+                setattr(scaler, name, getattr(loaded, name))
+        optimizer.loss_scaler = scaler

@@ -32,7 +32,7 @@ from megatron.deepspeed_bf16 import (
 )
 from megatron.deepspeed_json import deepspeed_config, offloads_optimizer
 from megatron.deepspeed_save import save_engine
-from megatron.deepspeed_state import set_parameter
+from megatron.deepspeed_state import set_parameter, settings_kept
 from megatron.distributed.agreement import agree_on_error
 from megatron.distributed.topology import Topology
 from megatron.errors import UserError
@@ -182,7 +182,8 @@ class Engine:
     @property
     def sums_in_place(self) -> bool:
         """Whether a backward pass adds gradients to fp32 sums that stay where they are: bf16 with ZeRO 1."""
-        return is_bf16_optimizer(self._engine.optimizer)
+        optimizer = self._engine.optimizer
+        return is_bf16_optimizer(optimizer) and bool(optimizer.immediate_grad_update)
 
     def use_graphs(self, record: Record | None = None) -> None:
         """Let micro-batches be played from recordings (``record``: see there)."""
@@ -276,9 +277,9 @@ class Engine:
     def load(self, directory: Path, tag: str) -> None:
         """Load this rank's own files from ``directory/tag``, to the bit; a collective call.
 
-        They must have been saved by the same process grid and the same ``layout``.
+        They must have been saved by the same process grid and the same ``layout``. What flags say stays as it is.
         """
-        with quiet():
+        with quiet(), settings_kept(self._engine.optimizer):
             path, _ = self._engine.load_checkpoint(str(directory), tag=tag, load_lr_scheduler_states=False)
         if path is None:
             raise UserError(f"--load {directory}: DeepSpeed finds no checkpoint files in {tag}")

@@ -118,3 +118,9 @@ def test_contradictions_are_refused_by_name(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.json: cannot be read"):
         deepspeed_config(config({"deepspeed_config": str(tmp_path / "absent.json")}), 1, 16)
+
+
+def test_an_order_that_checkpoints_do_not_tell_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ds\.json: zero_optimization\.round_robin_gradients: .* remove it$"):
+        merged(tmp_path, {"zero_optimization": {"round_robin_gradients": True}}, {"zero_stage": 2})
+    assert merged(tmp_path, {"zero_optimization": {"round_robin_gradients": False}}, {"zero_stage": 2})
