@@ -134,8 +134,17 @@ class CheckpointStore(CheckpointDirectory):
         except OSError as error:
             raise UserError(f"--save {self.directory} cannot be written: {describe(error)}") from error
 
-    def _clear_leftovers(self, keep: str) -> None:
-        """Finish what a crash interrupted where ``latest`` depends on it, and remove every other hidden remainder."""
+    def recover(self, topology: Topology) -> None:
+        """Put back what ``latest`` names, if a crash interrupted its being saved over itself. For the run that saves
+        here, before it loads from here; :meth:`prepare` does it, too. Collective."""
+        with agree_on_error(topology):
+            if topology.rank == 0:
+                try:
+                    self._finish_commit()
+                except OSError as error:
+                    raise UserError(f"--save {self.directory} cannot be written: {describe(error)}") from error
+
+    def _finish_commit(self) -> None:
         latest = read_text(self.directory / LATEST_FILE)
         tag = "" if latest is None else latest.strip()
         if TAG.fullmatch(tag) and not (self.directory / tag).exists():
@@ -144,6 +153,10 @@ class CheckpointStore(CheckpointDirectory):
                 if incomplete(self.directory / f"{prefix}{tag}") is None:
                     os.rename(self.directory / f"{prefix}{tag}", self.directory / tag)
                     break
+
+    def _clear_leftovers(self, keep: str) -> None:
+        """Finish what a crash interrupted where ``latest`` depends on it, and remove every other hidden remainder."""
+        self._finish_commit()
         for path in self.directory.iterdir():
             if _LEFTOVER.fullmatch(path.name) and path.name != keep:
                 remove(path)
@@ -250,7 +263,7 @@ class CheckpointStore(CheckpointDirectory):
             flush(directory)
         target, trash = self.directory / complete.tag, self.directory / f"{_TRASH}{complete.tag}"
         if target.exists():
-            # Between these renames the step is in neither place: prepare() puts it back if `latest` needs it.
+            # Between these renames the step is in neither place: recover() puts it back if `latest` needs it.
             remove(trash)
             os.rename(target, trash)
         try:

@@ -284,6 +284,9 @@ def _load(
     if settings.load is None:
         return Progress()
     store = CheckpointStore(settings.load)
+    saves_there = settings.save is not None and Path(settings.save).resolve() == Path(settings.load).resolve()
+    if saves_there and not config.evaluation.skip_train:
+        store.recover(topology)
     with agree_on_error(topology):
         tag = store.resolve(settings.load_tag)
         saved = None if tag is None else store.metadata(tag)

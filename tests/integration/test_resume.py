@@ -275,6 +275,21 @@ def test_load_tag_goes_back(
     assert missing.code == 2 and missing.stderr.startswith("error: --load-tag global_step5: there is no such")
 
 
+@pytest.mark.parametrize("left", [".tmp-", ".trash-"])
+def test_a_step_that_was_being_saved_over_itself_is_gone_on_from(
+    left: str, corpus: Corpus, launch: Launcher, tmp_path: Path, straight: Callable[..., Path]
+) -> None:
+    """Between two renames ``latest`` names what is not there: the same command must find it."""
+    save = tmp_path / "save"
+    shutil.copytree(straight("ar"), save)
+    (save / "global_step8").rename(save / f"{left}global_step8")
+    read_only = launch("ar", corpus.flags("--train-iters 9", f"--load {save}", dropout=0.1))
+    assert read_only.code == 2 and "no such checkpoint" in read_only.stderr, "another run moves nothing here"
+    resumed = launch("ar", flags(corpus, save))
+    assert resumed.code == 0, resumed
+    assert_same_run(save, straight("ar"))
+
+
 def test_finetune_takes_the_weights_alone(
     corpus: Corpus, launch: Launcher, tmp_path: Path, straight: Callable[..., Path]
 ) -> None:
