@@ -20,12 +20,12 @@ from megatron.model.gated_products import VERSION as GATED_VERSION
 from megatron.model.gated_products import gated_obstacle
 from megatron.model.sharding import SequentialGPT, describe_masks
 
+if TYPE_CHECKING:  # it imports DeepSpeed, which a run does only where it must
+    from megatron.model.pipeline import PipelinedGPT
+
 WIDEST_BY_GRAPHS = 576
 """Width up to which micro-batches are CUDA graphs by themselves. Wider models keep the GPU busy as they are, and graphs
 and what is computed besides (sizes that are new or rare, validation) do not share the memory of their activations."""
-
-if TYPE_CHECKING:  # it imports DeepSpeed, which a run does only where it must
-    from megatron.model.pipeline import PipelinedGPT
 
 
 def flash_obstacle_of(config: RunConfig, topology: Topology) -> str | None:

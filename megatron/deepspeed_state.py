@@ -117,9 +117,8 @@ def settings_kept(optimizer: Any) -> Iterator[None]:
                 state["step"] = state["step"].to(state["exp_avg"].device if group.get("fused") else "cpu")
     for name, value in own.items():
         setattr(optimizer, name, value)
-    loaded = getattr(optimizer, "loss_scaler", None)
-    if scaler is not None and loaded is not scaler:
-        if scaler.dynamic and loaded is not None and loaded.dynamic:
+    if scaler is not None:
+        if scaler.dynamic and optimizer.loss_scaler.dynamic:
             for name in _RUNNING:
-                setattr(scaler, name, getattr(loaded, name))
+                setattr(scaler, name, getattr(optimizer.loss_scaler, name))
         optimizer.loss_scaler = scaler

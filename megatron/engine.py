@@ -24,12 +24,7 @@ from torch.profiler import record_function
 from megatron.async_save import HostCopies
 from megatron.config import ModelConfig, RunConfig
 from megatron.cuda_graphs import MicroBatchGraphs, Record
-from megatron.deepspeed_bf16 import (
-    add_without_copies,
-    is_bf16_optimizer,
-    note_gradients,
-    step_without_waiting,
-)
+from megatron.deepspeed_bf16 import add_without_copies, is_bf16_optimizer, note_gradients, step_without_waiting
 from megatron.deepspeed_json import deepspeed_config, offloads_optimizer
 from megatron.deepspeed_save import save_engine
 from megatron.deepspeed_state import set_parameter, settings_kept
@@ -181,7 +176,8 @@ class Engine:
 
     @property
     def sums_in_place(self) -> bool:
-        """Whether a backward pass adds gradients to fp32 sums that stay where they are: bf16 with ZeRO 1."""
+        """Whether a backward pass adds gradients to fp32 sums that stay where they are: bf16 with ZeRO 1, unless a JSON
+        has its ``immediate_grad_update`` off."""
         optimizer = self._engine.optimizer
         return is_bf16_optimizer(optimizer) and bool(optimizer.immediate_grad_update)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # Before torch is imported: tests run side by side, so one thread each, also in the processes they start.
@@ -14,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+
+from megatron.config import ParallelConfig
+from megatron.distributed.topology import Topology
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HAS_GPU = torch.cuda.is_available()
@@ -59,6 +62,15 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs {path}")
     return path
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    """This process alone, on its GPU if it has one, in a process group of one, as DeepSpeed wants."""
+    from megatron.initialize import initialize, shut_down
+
+    yield initialize(ParallelConfig())
+    shut_down()
 
 
 @pytest.fixture

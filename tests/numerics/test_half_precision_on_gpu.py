@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from megatron.config import (
 )
 from megatron.distributed.topology import Topology, single_process_topology
 from megatron.engine import Engine
-from megatron.initialize import initialize, shut_down
 from megatron.model.gpt import decayed
 from megatron.model.sharding import SequentialGPT
 from megatron.objectives import Batch, build_objective
@@ -230,13 +228,6 @@ def compare(case: Case, sizes: Sizes, topology: Topology, path: Path) -> None:
     assert max(losses) < LOSS_TOLERANCE
     assert norms[0] < (COMPILED_NORM_TOLERANCE if case.compile else FIRST_NORM_TOLERANCE)
     assert statistics.median(norms) < NORM_TOLERANCE
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    """This process alone on its GPU, in a process group of one, as DeepSpeed wants."""
-    yield initialize(ParallelConfig())
-    shut_down()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

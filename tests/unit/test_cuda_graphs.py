@@ -3,7 +3,7 @@ GPU's own at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron import backends
-from megatron.config import ParallelConfig
 from megatron.cuda_graphs import MOST, MicroBatchGraphs, Play
 from megatron.distributed.topology import Topology, single_process_topology
 from megatron.engine import Engine
 from megatron.errors import UserError
-from megatron.initialize import initialize, shut_down
 from megatron.objectives.base import Batch
 from megatron.run import build_model
 from tests.graph_training import VOCABULARY, compare, record
@@ -74,13 +72,6 @@ def test_a_mask_is_nothing_for_them() -> None:
     graphs = MicroBatchGraphs(lambda batch, divisor: batch.weights.sum(), CPU, record)
     with pytest.raises(AssertionError, match="a mask"):
         graphs(replace(make_batch(2, 1.0), attention_mask=torch.zeros(2, 3, dtype=torch.int32)), 2)
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    """This process alone."""
-    yield initialize(ParallelConfig())
-    shut_down()
 
 
 @pytest.mark.parametrize("objective", ["mdm", "ar"])

@@ -25,9 +25,9 @@ from megatron.config import (
 )
 from megatron.distributed.topology import Topology
 from megatron.engine import Engine
-from megatron.initialize import initialize, shut_down
 from megatron.objectives import build_objective
 from megatron.objectives.base import Batch
+from megatron.optimizer import build_optimizer
 from megatron.run import build_model
 from megatron.tokenizer import build_vocabulary
 
@@ -47,13 +47,6 @@ CONFIG = RunConfig(
     tokenizer=TokenizerConfig(tokenizer_type="HFTokenizer", tokenizer_model="unused"),
     data=DataConfig(train_data_path=("unused",)),
 )
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    """This process alone."""
-    yield initialize(ParallelConfig())
-    shut_down()
 
 
 def build(topology: Topology, config: RunConfig = CONFIG) -> Engine:
@@ -103,13 +96,17 @@ def test_gradients_are_added_as_deepspeed_adds_them(topology: Topology, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def build_adam(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """Adam as a GPU gets it, ``fused``, or a CPU: PyTorch has both for CPUs."""
+    monkeypatch.setattr(
+        engine_module, "build_optimizer", lambda parameters, config, _: build_optimizer(parameters, config, fused)
+    )
+
+
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adam as a GPU gets it: PyTorch has it for CPUs, too."""
-    build_optimizer = engine_module.build_optimizer
-    monkeypatch.setattr(
-        engine_module, "build_optimizer", lambda parameters, config, _: build_optimizer(parameters, config, True)
-    )
+    """Adam as a GPU gets it."""
+    build_adam(monkeypatch, True)
 
 
 def state_of(engine: Engine) -> list[torch.Tensor]:

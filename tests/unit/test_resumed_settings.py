@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,32 +12,22 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from megatron import engine as engine_module
-from megatron.config import ParallelConfig
 from megatron.deepspeed_state import settings_kept
 from megatron.distributed.topology import Topology
 from megatron.engine import Engine
-from megatron.initialize import initialize, shut_down
-from megatron.run import build_model
-from tests.unit.test_engine import CONFIG, MICRO_BATCH, MICRO_BATCHES, VOCABULARY, make_batches
+from tests.unit.test_engine import CONFIG, MICRO_BATCHES, build, build_adam, make_batches
 
 BEFORE: dict[str, Any] = {"weight_decay": 0.1, "clip_grad": 1.0, "adam_beta1": 0.9, "adam_beta2": 0.95}
 AFTER: dict[str, Any] = {"weight_decay": 5.0, "clip_grad": 0.01, "adam_beta1": 0.8, "adam_beta2": 0.5, "adam_eps": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    """This process alone."""
-    yield initialize(ParallelConfig())
-    shut_down()
-
-
-def build(topology: Topology, stage: int, bf16: bool, settings: dict[str, Any], path: str | None = None) -> Engine:
+def build_with(
+    topology: Topology, stage: int, bf16: bool, settings: dict[str, Any], path: str | None = None
+) -> Engine:
     """An engine that has made no step."""
     optimizer = dataclasses.replace(CONFIG.optimizer, bf16=bf16, **settings)
     parallel = dataclasses.replace(CONFIG.parallel, zero_stage=stage, deepspeed_config=path)
-    config = dataclasses.replace(CONFIG, optimizer=optimizer, parallel=parallel)
-    return Engine(build_model(config, VOCABULARY, False, topology), config, topology, MICRO_BATCH * MICRO_BATCHES)
+    return build(topology, dataclasses.replace(CONFIG, optimizer=optimizer, parallel=parallel))
 
 
 def train(engine: Engine, first: int, steps: int) -> None:
@@ -56,17 +45,17 @@ def weights(engine: Engine) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, True), (2, True), (2, False)])
 def test_the_flags_of_the_run_that_goes_on_hold(topology: Topology, tmp_path: Path, stage: int, bf16: bool) -> None:
     """To the bit what a run does whose options are changed by hand under way."""
-    engine = build(topology, stage, bf16, BEFORE)
+    engine = build_with(topology, stage, bf16, BEFORE)
     train(engine, 0, 2)
     engine.save(tmp_path, "global_step2")
-    resumed = build(topology, stage, bf16, AFTER)
+    resumed = build_with(topology, stage, bf16, AFTER)
     resumed.load(tmp_path, "global_step2")
     for group in engine._engine.optimizer.param_groups:
         group.update(betas=(0.8, 0.5), eps=1e-3)
         if group["weight_decay"]:
             group["weight_decay"] = 5.0
     engine._engine.optimizer.clip_grad = 0.01
-    same = build(topology, stage, bf16, BEFORE)
+    same = build_with(topology, stage, bf16, BEFORE)
     same.load(tmp_path, "global_step2")
     for one in (engine, resumed, same):
         train(one, 2, 2)
@@ -79,11 +68,10 @@ def test_a_run_goes_on_on_another_kind_of_device(
     topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused_first: bool
 ) -> None:
     """Adam is fused on GPUs: PyTorch has that for CPUs, too."""
-    plain = engine_module.build_optimizer
     results = []
     for fused in (fused_first, not fused_first):
-        monkeypatch.setattr(engine_module, "build_optimizer", lambda parameters, config, _: plain(parameters, config, fused))  # noqa: B023, E501
-        engine = build(topology, 1, True, BEFORE)
+        build_adam(monkeypatch, fused)
+        engine = build_with(topology, 1, True, BEFORE)
         if fused is fused_first:
             train(engine, 0, 2)
             engine.save(tmp_path, "global_step2")
@@ -129,5 +117,5 @@ def test_a_loss_scale_of_another_kind_begins_anew(own: Any, saved: Any) -> None:
 def test_gradients_that_outlive_a_pass_are_nothing_for_recordings(topology: Topology, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"bf16": {"immediate_grad_update": False}}), encoding="utf-8")
-    assert build(topology, 1, True, BEFORE).sums_in_place
-    assert not build(topology, 1, True, BEFORE, str(path)).sums_in_place
+    assert build_with(topology, 1, True, BEFORE).sums_in_place
+    assert not build_with(topology, 1, True, BEFORE, str(path)).sums_in_place
