@@ -138,11 +138,8 @@ class CheckpointStore(CheckpointDirectory):
         """Put back what ``latest`` names, if a crash interrupted its being saved over itself. For the run that saves
         here, before it loads from here; :meth:`prepare` does it, too. Collective."""
         with agree_on_error(topology):
-            if topology.rank == 0:
-                try:
-                    self._finish_commit()
-                except OSError as error:
-                    raise UserError(f"--save {self.directory} cannot be written: {describe(error)}") from error
+            if topology.rank == 0 and self.directory.is_dir():  # what is none is loading's to say
+                self._finish_commit()
 
     def _finish_commit(self) -> None:
         latest = read_text(self.directory / LATEST_FILE)

@@ -121,6 +121,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "save is a file": ("--save {tmp}/text", ("--save", "text is a file")),
     "save not writable": ("--save /proc/save", ("--save /proc/save cannot be written",)),
     "load is a file": ("--load {tmp}/text", ("--load", "text is a file")),
+    "save and load are a file": ("--save {tmp}/text --load {tmp}/text", ("--load", "text is a file")),
     "metrics not writable": ("--metrics-file {tmp}/text/metrics.jsonl", ("--metrics-file",)),
     "TensorBoard not writable": ("--tensorboard-dir {tmp}/text", ("--tensorboard-dir",)),
     "too little to train on": ("--train-iters 0 --train-samples 4", ("--train-iters 0",)),
