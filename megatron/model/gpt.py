@@ -48,7 +48,7 @@ from megatron.model.cross_entropy import AtOnce, Terms, chunk_terms, linear_cros
 from megatron.model.dropout import dropout
 from megatron.model.masks import Mask
 from megatron.model.mlp import MLP
-from megatron.model.norm import branch, build_norm
+from megatron.model.norm import branch, build_norm, last_norm
 from megatron.model.partition import cut_of
 from megatron.model.residual import join, join_mlp, joins_alone
 
@@ -111,10 +111,12 @@ class FinalNorm(nn.Module):
     def __init__(self, config: ModelConfig, tensor: TensorParallel = ALONE) -> None:
         super().__init__()
         self.final_layernorm = build_norm(config, tensor)
+        self.by_kernels = False  # beside compiled blocks
 
     def forward(self, hidden: Tensor, *rest: Tensor | Mask) -> State:
         """hidden [b, s, h], ... -> the same, normalised."""
-        return self.final_layernorm(hidden), *rest
+        norm = self.final_layernorm
+        return last_norm(norm, hidden) if self.by_kernels else norm(hidden), *rest
 
 
 class Head(nn.Module):

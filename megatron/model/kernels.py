@@ -111,35 +111,34 @@ if TRITON:
         width = grad.shape[-1]
         block = min(triton.next_power_of_2(width), 4096)
         grid = (grad.numel() // width, triton.cdiv(width, block))
-        torch.library.wrap_triton(_swiglu_gradient_kernel)[grid](inner, grad, out, width, block, num_warps=8)
+        warps = max(1, block // 512)
+        torch.library.wrap_triton(_swiglu_gradient_kernel)[grid](inner, grad, out, width, block, num_warps=warps)
         return out
 
     @triton.jit
-    def _turn_back(  # type: ignore[no-untyped-def]
-        grad, out, cos, sin, head, feature, stride, count: tl.constexpr, half: tl.constexpr
-    ):
-        """Heads of one position, turned by minus their angles: the gradient of their rotation."""
-        inside = (head[:, None] < count) & (feature[None, :] < half)
-        at = grad + head[:, None] * stride + feature[None, :]
-        first = tl.load(at, inside).to(tl.float32)
-        second = tl.load(at + half, inside).to(tl.float32)
-        to = out + head[:, None] * (2 * half) + feature[None, :]
-        tl.store(to, (first * cos + second * sin).to(out.dtype.element_ty), inside)
-        tl.store(to + half, (second * cos - first * sin).to(out.dtype.element_ty), inside)
+    def _turn_back(grad, out, cos, sin, inside, half: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Pairs of features, at ``grad`` and ``half`` further, turned by minus their angles to ``out``: the gradient of
+        their rotation. All are [positions, heads, pairs] or can be made so."""
+        first = tl.load(grad, inside).to(tl.float32)
+        second = tl.load(grad + half, inside).to(tl.float32)
+        dtype: tl.constexpr = out.dtype.scalar.element_ty
+        tl.store(out, (first * cos + second * sin).to(dtype), inside)
+        tl.store(out + half, (second * cos - first * sin).to(dtype), inside)
 
     @triton.jit
     def _rotate_heads_kernel(  # type: ignore[no-untyped-def]
-        heads, table, count: tl.constexpr, back: tl.constexpr, total: tl.constexpr, half: tl.constexpr,
-        count_block: tl.constexpr, half_block: tl.constexpr,
+        heads, table, positions, count: tl.constexpr, back: tl.constexpr, total: tl.constexpr, half: tl.constexpr,
+        at_once: tl.constexpr, count_block: tl.constexpr, half_block: tl.constexpr,
     ):
-        """One position: its first ``count`` heads of ``total``, in their place, turned forth or ``back``."""
-        position = tl.program_id(0).to(tl.int64)
-        feature = tl.arange(0, half_block)
-        cos = tl.load(table + position * (2 * half) + feature, feature < half)[None, :]
-        sin = tl.load(table + position * (2 * half) + half + feature, feature < half)[None, :]
-        heads += position * (total * 2 * half)
-        sin = sin if back else -sin
-        _turn_back(heads, heads, cos, sin, tl.arange(0, count_block), feature, 2 * half, count, half)
+        """``at_once`` positions: the first ``count`` heads of ``total``, in their place, turned forth or ``back``."""
+        position = (tl.program_id(0).to(tl.int64) * at_once + tl.arange(0, at_once))[:, None, None]
+        head = tl.arange(0, count_block)[None, :, None]
+        feature = tl.arange(0, half_block)[None, None, :]
+        inside = (position < positions) & (feature < half)
+        angle = table + position * (2 * half) + feature
+        cos, sin = tl.load(angle, inside), tl.load(angle + half, inside)
+        at = heads + position * (total * 2 * half) + head * (2 * half) + feature
+        _turn_back(at, at, cos, sin if back else -sin, inside & (head < count), half)
 
     @torch.library.triton_op("megatron::rotate_heads_", mutates_args={"heads"})
     def _rotate_heads(heads: Tensor, count: int, table: Tensor, back: bool) -> None:
@@ -147,37 +146,40 @@ if TRITON:
         these angles (``back``)."""
         assert heads.is_contiguous()
         batch, length, total, size = heads.shape
-        blocks = (triton.next_power_of_2(n) for n in (count, size // 2))
-        torch.library.wrap_triton(_rotate_heads_kernel)[(batch * length,)](
-            heads, table.contiguous(), count, back, total, size // 2, *blocks
+        blocks = [triton.next_power_of_2(n) for n in (count, size // 2)]
+        at_once = max(1, 1024 // (blocks[0] * blocks[1]))
+        positions = batch * length
+        torch.library.wrap_triton(_rotate_heads_kernel)[(triton.cdiv(positions, at_once),)](
+            heads, table.contiguous(), positions, count, back, total, size // 2, at_once, *blocks
         )
 
     @triton.jit
     def _split_heads_gradient_kernel(  # type: ignore[no-untyped-def]
-        query, key, value, table, out, length,
+        query, key, value, table, out, positions, length,
         query_row, query_place, query_head, key_row, key_place, key_head, value_row, value_place, value_head,
-        queries: tl.constexpr, keys: tl.constexpr, half: tl.constexpr,
+        queries: tl.constexpr, keys: tl.constexpr, half: tl.constexpr, at_once: tl.constexpr,
         query_block: tl.constexpr, key_block: tl.constexpr, half_block: tl.constexpr, size_block: tl.constexpr,
     ):
-        """One position: its queries and keys turned back, its values copied."""
-        position = tl.program_id(0).to(tl.int64)
+        """``at_once`` positions: their queries and keys turned back, their values copied."""
+        position = (tl.program_id(0).to(tl.int64) * at_once + tl.arange(0, at_once))[:, None, None]
         row, place = position // length, position % length
-        feature = tl.arange(0, half_block)
-        cos = tl.load(table + position * (2 * half) + feature, feature < half)[None, :]
-        sin = tl.load(table + position * (2 * half) + half + feature, feature < half)[None, :]
+        feature = tl.arange(0, half_block)[None, None, :]
+        inside = (position < positions) & (feature < half)
+        angle = table + position * (2 * half) + feature
+        cos, sin = tl.load(angle, inside), tl.load(angle + half, inside)
         out += position * ((queries + 2 * keys) * (2 * half))
-        head = tl.arange(0, query_block)
-        query += row * query_row + place * query_place
-        _turn_back(query, out, cos, sin, head, feature, query_head, queries, half)
+        head = tl.arange(0, query_block)[None, :, None]
+        at = query + row * query_row + place * query_place + head * query_head + feature
+        _turn_back(at, out + head * (2 * half) + feature, cos, sin, inside & (head < queries), half)
         out += queries * (2 * half)
-        head = tl.arange(0, key_block)
-        key += row * key_row + place * key_place
-        _turn_back(key, out, cos, sin, head, feature, key_head, keys, half)
+        head = tl.arange(0, key_block)[None, :, None]
+        at = key + row * key_row + place * key_place + head * key_head + feature
+        _turn_back(at, out + head * (2 * half) + feature, cos, sin, inside & (head < keys), half)
         out += keys * (2 * half)
-        whole = tl.arange(0, size_block)
-        inside = (head[:, None] < keys) & (whole[None, :] < 2 * half)
-        at = value + row * value_row + place * value_place + head[:, None] * value_head + whole[None, :]
-        tl.store(out + head[:, None] * (2 * half) + whole[None, :], tl.load(at, inside), inside)
+        whole = tl.arange(0, size_block)[None, None, :]
+        inside = (position < positions) & (head < keys) & (whole < 2 * half)
+        at = value + row * value_row + place * value_place + head * value_head + whole
+        tl.store(out + head * (2 * half) + whole, tl.load(at, inside), inside)
 
     @torch.library.triton_op("megatron::split_heads_gradient", mutates_args=())
     def _split_heads_gradient(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
@@ -187,27 +189,37 @@ if TRITON:
         batch, length, queries, size = query.shape
         keys = key.shape[2]
         out = query.new_empty(batch, length, queries + 2 * keys, size)
-        blocks = (triton.next_power_of_2(n) for n in (queries, keys, size // 2, size))
-        torch.library.wrap_triton(_split_heads_gradient_kernel)[(batch * length,)](
-            query, key, value, table, out, length,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], queries, keys, size // 2, *blocks,
+        blocks = [triton.next_power_of_2(n) for n in (queries, keys, size // 2, size)]
+        at_once = max(1, 1024 // (blocks[0] * blocks[2]))
+        positions = batch * length
+        torch.library.wrap_triton(_split_heads_gradient_kernel)[(triton.cdiv(positions, at_once),)](
+            query, key, value, table, out, positions, length,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], queries, keys, size // 2, at_once, *blocks,
         )
         return out
 
+    def _row_tiles(width: int) -> tuple[int, int, int]:
+        """For rows of ``width`` numbers: the columns of a tile, its rows, and the warps that work on it."""
+        block = triton.next_power_of_2(width)
+        at_once = max(1, 2048 // block)
+        return block, at_once, min(16, max(1, at_once * block // 512))
+
     @triton.jit
     def _row_norm_kernel(  # type: ignore[no-untyped-def]
-        hidden, gain, normal, scales, eps, width: tl.constexpr, block: tl.constexpr, smallest: tl.constexpr
+        hidden, gain, normal, scales, rows, eps,
+        width: tl.constexpr, block: tl.constexpr, at_once: tl.constexpr, smallest: tl.constexpr,
     ):
-        """One row."""
-        row = tl.program_id(0).to(tl.int64)
+        """``at_once`` rows."""
+        row = tl.program_id(0).to(tl.int64) * at_once + tl.arange(0, at_once)
         column = tl.arange(0, block)
-        inside = column < width
-        g = tl.load(gain + column, inside, 1.0).to(tl.float32)
-        g = tl.where(tl.abs(g) < smallest, smallest, g)
-        x = tl.load(hidden + row * width + column, inside, 0.0).to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
-        tl.store(normal + row * width + column, (x * scale * g).to(normal.dtype.element_ty), inside)
-        tl.store(scales + row, scale)
+        g = tl.load(gain + column, column < width, 1.0).to(tl.float32)
+        g = tl.where(tl.abs(g) < smallest, smallest, g)[None, :]
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        at = row[:, None] * width + column[None, :]
+        x = tl.load(hidden + at, inside, 0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps)
+        tl.store(normal + at, (x * scale[:, None] * g).to(normal.dtype.element_ty), inside)
+        tl.store(scales + row, scale, row < rows)
 
     @torch.library.triton_op("megatron::row_norm", mutates_args=())
     def _row_norm(hidden: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -217,45 +229,50 @@ if TRITON:
         normal = torch.empty_like(hidden)
         scale = torch.empty(*hidden.shape[:-1], 1, dtype=torch.float32, device=hidden.device)
         width = hidden.shape[-1]
-        block = triton.next_power_of_2(width)
-        torch.library.wrap_triton(_row_norm_kernel)[(hidden.numel() // width,)](
-            hidden, gain, normal, scale, eps, width, block, SMALLEST_GAIN, num_warps=min(16, max(1, block // 512))
+        rows = hidden.numel() // width
+        block, at_once, warps = _row_tiles(width)
+        torch.library.wrap_triton(_row_norm_kernel)[(triton.cdiv(rows, at_once),)](
+            hidden, gain, normal, scale, rows, eps, width, block, at_once, SMALLEST_GAIN, num_warps=warps
         )
         return normal, scale
 
     @triton.jit
     def _branch_gradient_kernel(  # type: ignore[no-untyped-def]
         normal, gain, scales, grad_kept, grad_normal, out, partial, rows,
-        width: tl.constexpr, block: tl.constexpr, stages: tl.constexpr, smallest: tl.constexpr,
+        width: tl.constexpr, block: tl.constexpr, at_once: tl.constexpr, stages: tl.constexpr, smallest: tl.constexpr,
     ):
-        """Rows ``program_id(0)``, and on in steps of the number of programs; of them, the gain's gradient too."""
+        """``at_once`` rows after the other: tile ``program_id(0)``, and on in steps of the number of programs; of them,
+        the gain's gradient too."""
         column = tl.arange(0, block)
-        inside = column < width
-        g = tl.load(gain + column, inside, 1.0).to(tl.float32)
-        g = tl.where(tl.abs(g) < smallest, smallest, g)
-        grad_gain = tl.zeros((block,), tl.float32)
-        for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=stages):
-            at = tl.cast(row, tl.int64) * width + column
+        g = tl.load(gain + column, column < width, 1.0).to(tl.float32)
+        g = tl.where(tl.abs(g) < smallest, smallest, g)[None, :]
+        grad_gain = tl.zeros((at_once, block), tl.float32)
+        for tile in tl.range(tl.program_id(0), tl.cdiv(rows, at_once), tl.num_programs(0), num_stages=stages):
+            row = tl.cast(tile, tl.int64) * at_once + tl.arange(0, at_once)
+            inside = (row < rows)[:, None] & (column < width)[None, :]
+            at = row[:, None] * width + column[None, :]
             y = tl.load(normal + at, inside, 0.0).to(tl.float32)
             dy = tl.load(grad_normal + at, inside, 0.0).to(tl.float32)
-            kept = tl.load(grad_kept + at, inside, 0.0).to(tl.float32)
-            along = tl.sum(dy * y, 0) / width  # of the gradient, along the normalised row
+            along = tl.sum(dy * y, 1)[:, None] / width  # of the gradient, along the normalised row
             x = y / g
             grad_gain += dy * x
-            grad = kept + tl.load(scales + row) * (dy * g - x * along)
+            grad = tl.load(scales + row, row < rows, 0.0)[:, None] * (dy * g - x * along)
+            if grad_kept is not None:
+                grad += tl.load(grad_kept + at, inside, 0.0).to(tl.float32)
             tl.store(out + at, grad.to(out.dtype.element_ty), inside)
-        tl.store(partial + tl.program_id(0) * width + column, grad_gain, inside)
+        tl.store(partial + tl.program_id(0) * width + column, tl.sum(grad_gain, 0), column < width)
 
     @torch.library.triton_op("megatron::branch_gradient", mutates_args=())
     def _branch_gradient(
-        normal: Tensor, gain: Tensor, scale: Tensor, grad_kept: Tensor, grad_normal: Tensor
+        normal: Tensor, gain: Tensor, scale: Tensor, grad_kept: Tensor | None, grad_normal: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradient of hidden [..., h], and of the gain in parts [programs, h] fp32 that are yet to be summed.
 
         normal [..., h] is hidden * scale [..., 1] * gain [h], scale in fp32, where entries of the gain nearer to 0 than
-        ``SMALLEST_GAIN`` count as that.
+        ``SMALLEST_GAIN`` count as that. Without ``grad_kept`` hidden is read by the norm alone.
         """
-        normal, scale, grad_kept, grad_normal = (x.contiguous() for x in (normal, scale, grad_kept, grad_normal))
+        normal, scale, grad_normal = (x.contiguous() for x in (normal, scale, grad_normal))
+        grad_kept = None if grad_kept is None else grad_kept.contiguous()
         out = torch.empty_like(normal)
         width = normal.shape[-1]
         rows = normal.numel() // width
@@ -263,11 +280,11 @@ if TRITON:
         # GPUs, has room for three of three tensors' rows of up to 8 kB.
         programs = 4 * torch.cuda.get_device_properties(normal.device).multi_processor_count
         partial = torch.empty(programs, width, dtype=torch.float32, device=normal.device)
-        block = triton.next_power_of_2(width)
-        stages = 3 if block * normal.element_size() <= 2**13 else 1
+        block, at_once, warps = _row_tiles(width)
+        stages = 3 if at_once * block * normal.element_size() <= 2**13 else 1
         torch.library.wrap_triton(_branch_gradient_kernel)[(programs,)](
-            normal, gain, scale, grad_kept, grad_normal, out, partial, rows, width, block, stages,
-            SMALLEST_GAIN, num_warps=min(16, max(1, block // 512)),
+            normal, gain, scale, grad_kept, grad_normal, out, partial, rows, width, block, at_once, stages,
+            SMALLEST_GAIN, num_warps=warps,
         )
         return out, partial
 

@@ -8,7 +8,7 @@ which so need not be kept.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from megatron.distributed.tensor_parallel import (
     TokenParallelLayerNorm,
     TokenParallelRMSNorm,
 )
-from megatron.model.kernels import SMALLEST_GAIN, in_compiled_code
+from megatron.model.kernels import SMALLEST_GAIN, in_compiled_code, takes
 
 
 def build_norm(config: ModelConfig, tensor: TensorParallel = ALONE) -> nn.Module:
@@ -42,12 +42,28 @@ def branch(norm: nn.Module, hidden: Tensor, alone: bool = False) -> tuple[Tensor
 
     ``alone``: nothing that the compiler writes code for makes hidden, so it cannot make both at once.
     """
-    # What the norm made, divided by the gain, is the normalised row again; fp16 has no numbers small enough for that.
-    if not (isinstance(norm, nn.RMSNorm) and in_compiled_code(hidden) and hidden.dtype != torch.float16):
+    if not (in_compiled_code(hidden) and _has_kernels(norm, hidden)):
         return hidden, norm(hidden)
-    gain = norm.gain() if isinstance(norm, TokenParallelRMSNorm) else norm.weight
-    kept, normal = _Branch.apply(hidden, gain, norm.eps, alone)
+    kept, normal = _Branch.apply(hidden, _gain(norm), norm.eps, alone)
     return kept, normal
+
+
+def last_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """``norm(hidden)`` [..., h] of a stream that ends there, in code that is not compiled; by the same kernels."""
+    if not (takes(hidden) and _has_kernels(norm, hidden)):
+        normal: Tensor = norm(hidden)
+    else:
+        normal = _LastNorm.apply(hidden, _gain(norm), norm.eps)
+    return normal
+
+
+def _has_kernels(norm: nn.Module, hidden: Tensor) -> TypeGuard[nn.RMSNorm]:
+    # What the norm made, divided by the gain, is the normalised row again; fp16 has no numbers small enough for that.
+    return isinstance(norm, nn.RMSNorm) and hidden.dtype != torch.float16
+
+
+def _gain(norm: nn.RMSNorm) -> Tensor:
+    return norm.gain() if isinstance(norm, TokenParallelRMSNorm) else norm.weight
 
 
 class _Branch(torch.autograd.Function):
@@ -69,6 +85,22 @@ class _Branch(torch.autograd.Function):
         normal, gain, scale = ctx.saved_tensors
         grad, partial = torch.ops.megatron.branch_gradient(normal, gain, scale, grad_kept, grad_normal)
         return grad, partial.sum(dim=0).to(gain.dtype), None, None
+
+
+class _LastNorm(torch.autograd.Function):
+    """hidden [..., h], gain [h] -> RMSNorm of it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
+        normal, scale = torch.ops.megatron.row_norm(hidden, gain, eps)
+        ctx.save_for_backward(normal, gain, scale)
+        return normal
+
+    @staticmethod
+    def backward(ctx: Any, grad_normal: Tensor) -> tuple[Tensor, Tensor, None]:
+        normal, gain, scale = ctx.saved_tensors
+        grad, partial = torch.ops.megatron.branch_gradient(normal, gain, scale, None, grad_normal)
+        return grad, partial.sum(dim=0).to(gain.dtype), None
 
 
 def _divisible(gain: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron.config import ModelConfig
 from megatron.model.attention import Attention
 from megatron.model.cross_entropy import Terms, chunk_terms
-from megatron.model.gpt import Block, Head, Reduction, State, named_parameters
+from megatron.model.gpt import Block, FinalNorm, Head, Reduction, State, named_parameters
 from megatron.model.head_kernels import has_softmax_terms, narrow_head, softmax_terms
 from megatron.model.mlp import MLP
 from megatron.model.rope import rotary_table
@@ -196,6 +196,8 @@ def compile_blocks(
         if isinstance(module, Head):
             module.terms = _terms_of_any_rows(torch.compile(chunk_terms, backend=backend))
             module.at_once = narrow_head
+        elif isinstance(module, FinalNorm):
+            module.by_kernels = True
 
 
 def use_flash_attention(model: Runs) -> None:

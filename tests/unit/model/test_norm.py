@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
-from megatron.model.norm import _Branch, _divisible, branch, build_norm
+from megatron.model.gpt import FinalNorm
+from megatron.model.norm import _Branch, _divisible, branch, build_norm, last_norm
+from megatron.model.sharding import SequentialGPT, compile_blocks
 
 EPS = 1e-5
 
@@ -57,7 +59,8 @@ def test_a_gain_of_zero_counts_as_one_that_is_too_small_to_be_seen() -> None:
     assert (normal / _divisible(gain)).isfinite().all() and not normal[:, :2].eq(0).any()
 
 
-SHAPES = [(3, 5, 1280), (7, 80), (2, 9, 128), (3000, 256), (5, 8192), (2, 12288)]
+SHAPES = [(3, 5, 1280), (7, 80), (2, 9, 128), (4099, 128), (3000, 256), (1001, 288), (5, 8192), (2, 12288)]
+"""Several short rows are computed at once; most counts leave a last tile in part."""
 
 
 @pytest.mark.gpu
@@ -75,15 +78,16 @@ def test_the_forward_kernel(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_kernel(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_the_kernel(dtype: torch.dtype, shape: tuple[int, ...], ends: bool) -> None:
     """Of an entry that the norm rounded the kernel sees that much less; all else is rounded once."""
     hidden, kept, grad = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
     gain = _divisible((torch.randn(shape[-1], device="cuda").abs() + 0.1).to(dtype))
     normal, scale = statistics(hidden, gain)
-    found, parts = torch.ops.megatron.branch_gradient(normal, gain, scale, kept, grad)
-    exact, exact_gain = gradients(hidden, gain, (kept, grad))
+    found, parts = torch.ops.megatron.branch_gradient(normal, gain, scale, None if ends else kept, grad)
+    exact, exact_gain = gradients(hidden, gain, (torch.zeros_like(kept) if ends else kept, grad))
     assert found.dtype == dtype
     eps = torch.finfo(dtype).eps
     along = (grad.double() * normal.double()).abs().mean(dim=-1, keepdim=True) * scale.double()
@@ -112,6 +116,32 @@ def test_compiled_code_uses_the_kernels(alone: bool) -> None:
     direct, _ = torch.ops.megatron.branch_gradient(found[1].detach(), gain, scale.detach(), kept, grad)
     torch.testing.assert_close(found[2], direct, rtol=2**-7, atol=1e-6)
     assert (found[2] == direct).float().mean() > 0.99 > (plain[2] == direct).float().mean()
+
+
+def test_the_last_norm_of_a_cpu_is_pytorch(make_model: Callable[..., SequentialGPT]) -> None:
+    model = make_model(True)
+    compile_blocks(model, backend="eager")
+    last = next(layer for layer in model.layers if isinstance(layer, FinalNorm))
+    assert last.by_kernels
+    hidden = torch.randn(3, 5, model.config.hidden_size)
+    assert torch.equal(last(hidden, None)[0], last.final_layernorm(hidden))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_norm_is_computed_by_the_kernels(dtype: torch.dtype) -> None:
+    norm = nn.RMSNorm(96, EPS).to("cuda", dtype)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.1)
+    hidden, grad = (torch.randn(4, 50, 96, device="cuda").to(dtype) for _ in range(2))
+    hidden.requires_grad_()
+    normal = last_norm(norm, hidden)
+    found = normal, *torch.autograd.grad(normal, (hidden, norm.weight), grad)
+    assert torch.equal(normal, torch.ops.megatron.row_norm(hidden, norm.weight, EPS)[0])
+    wide, gain = hidden.detach(), norm.weight.detach()
+    exact = statistics(wide.double(), gain.double())[0], *gradients(wide, gain, (torch.zeros_like(grad), grad))
+    eps = torch.finfo(dtype).eps
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2 * eps, atol=2 * eps * float(other.abs().max()))
 
 
 @pytest.mark.gpu
