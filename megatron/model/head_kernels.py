@@ -18,6 +18,7 @@ from megatron.model.kernels import TRITON, takes
 if TRITON:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT = 8
 """Numbers at whose multiples rows start, so that loads are wide."""
@@ -58,14 +59,33 @@ class _Tiles:
 
 _TILES = {
     128: _Tiles((64, 128, 4, 3), (64, 64, 4, 3)),
+    224: _Tiles((64, 64, 4, 3), (64, 64, 4, 3)),
     256: _Tiles((128, 64, 8, 3), (64, 128, 8, 3)),
     288: _Tiles((128, 64, 8, 3), (64, 64, 4, 2)),
     320: _Tiles((128, 64, 8, 3), (64, 128, 8, 3)),
 }
 """By the widest hidden states that they are for."""
-WIDEST_PART = 256
-"""Hidden states are multiplied in parts, whose sizes must be powers of two. A part that is filled up with zeros is
-faster than more parts: 224 as 256 took 9.97 ms where 128, 64 and 32 took 10.46."""
+MOST_PARTS = 3
+
+
+def parts_of(width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Into parts of how many columns hidden states of ``width`` are cut to be multiplied, and to how many columns zeros
+    fill each part up: powers of two, which factors of products must be. Up to 128 columns stay together, and all do
+    where parts would not be fewer columns."""
+    filled, rest = _power_of_two(width), width
+    sizes: list[int] = []
+    while rest > 128 or (sizes and rest):
+        sizes.append(rest if len(sizes) == MOST_PARTS - 1 else min(256, 1 << (rest.bit_length() - 1)))
+        rest -= sizes[-1]
+    parts = tuple(_power_of_two(size) for size in sizes)
+    return (tuple(sizes), parts) if sizes and sum(parts) < filled else ((width,), (filled,))
+
+
+def _power_of_two(size: int) -> int:
+    """The least that is not below ``size``, nor below the 16 columns of the smallest product."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 _LARGEST_TOTAL = {torch.bfloat16: 2.0**96, torch.float16: 2.0**15}
 """A row's sum of exponentials, of which the first tile's largest is 1, below which none of it has overflown."""
 
@@ -86,11 +106,14 @@ def narrow_head(
         return None
     if not (hidden.is_contiguous() and head.is_contiguous() and max(hidden.numel(), head.numel()) < 2**31):
         return None
+    if hidden.data_ptr() % 16 or head.data_ptr() % 16:  # the GPU's copy engine cannot start there
+        return None
     properties = torch.cuda.get_device_properties(hidden.device)
     tiles = next((tiles for widest, tiles in _TILES.items() if width <= widest), None)
-    sizes = (width,) if width <= WIDEST_PART else (WIDEST_PART, width - WIDEST_PART)
-    parts = tuple(max(16, triton.next_power_of_2(size)) for size in sizes)
-    if tiles is None or getattr(properties, "shared_memory_per_block_optin", 0) < tiles.shared_memory(sum(parts)):
+    if tiles is None:
+        return None
+    sizes, parts = parts_of(width)
+    if getattr(properties, "shared_memory_per_block_optin", 0) < tiles.shared_memory(sum(parts)):
         return None
     nll, normalizers, lacking = (torch.empty_like(weights) for _ in range(3))
     grad_hidden = torch.empty_like(hidden)
@@ -100,16 +123,23 @@ def narrow_head(
     overflown = torch.empty(triton.cdiv(rows, at), dtype=torch.uint8, device=hidden.device)
     for again in (False, True):
         _head_by_rows_kernel[(len(overflown),)](
-            hidden, head, targets, weights, has_target, overflown, nll, normalizers, lacking, grad_hidden, rows,
-            num_tokens, count, _LARGEST_TOTAL[hidden.dtype], width, sizes, parts, at, of, ahead, again, num_warps=warps,
+            hidden, head, *_tiles_of(head, of, parts), targets, weights, has_target, overflown, nll, normalizers,
+            lacking, grad_hidden, rows, num_tokens, count, _LARGEST_TOTAL[hidden.dtype], width, sizes, parts, at, of,
+            ahead, again, num_warps=warps,
         )  # fmt: skip
     at, of, warps, ahead = tiles.by_columns
     has_target, count = _tiles_with_targets(targets, vocabulary, at, of)
     _head_by_columns_kernel[(triton.cdiv(vocabulary, of),)](
-        hidden, head, targets, has_target, normalizers, lacking, grad_head, rows, num_tokens, vocabulary, count,
-        width, sizes, parts, at, of, ahead, num_warps=warps,
+        head, *_tiles_of(hidden, at, parts), targets, has_target, normalizers, lacking, grad_head, rows, num_tokens,
+        vocabulary, count, width, sizes, parts, at, of, ahead, num_warps=warps,
     )  # fmt: skip
     return nll, grad_hidden, grad_head
+
+
+def _tiles_of(x: Tensor, rows: int, parts: tuple[int, ...]) -> list[TensorDescriptor | None]:
+    """What copies ``rows`` of x [n, h] at once, ``MOST_PARTS`` in number: for each part as many columns, or None."""
+    found = [TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, part]) for part in parts]
+    return found + [None] * (MOST_PARTS - len(parts))
 
 
 def _tiles_with_targets(targets: Tensor, vocabulary: int, rows: int, columns: int) -> tuple[Tensor, int]:
@@ -180,21 +210,26 @@ if TRITON:
 
     @triton.jit
     def _load_parts(  # type: ignore[no-untyped-def]
-        at, inside, some: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr
+        at, inside, sizes: tl.constexpr, parts: tl.constexpr
     ):
-        """The rows that begin at ``at``, cut into matrices of ``sizes`` columns, filled up to ``parts``. Of ``some``
-        only those ``inside``."""
+        """The rows that begin at ``at``, if they are ``inside``, cut into matrices of ``sizes`` columns, filled up to
+        ``parts``."""
         out = ()
         for part in tl.static_range(len(parts)):
             feature = tl.arange(0, parts[part])[None, :]
-            place = at[:, None] + feature
-            if some:
-                out = out + (tl.load(place, inside[:, None] & (feature < sizes[part]), 0.0),)  # type: ignore[assignment]
-            elif sizes[part] < parts[part]:
-                out = out + (tl.load(place, feature < sizes[part], 0.0),)  # type: ignore[assignment]
-            else:
-                out = out + (tl.load(place),)  # type: ignore[assignment]
+            within = inside[:, None] & (feature < sizes[part])
+            out = out + (tl.load(at[:, None] + feature, within, 0.0),)  # type: ignore[assignment]
             at += sizes[part]
+        return out
+
+    @triton.jit
+    def _copy_parts(first, second, third, row, sizes: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The same of rows ``row`` and following, by the GPU's copy engine, which needs no registers for addresses."""
+        out = (first.load([row, 0]),)
+        if len(sizes) > 1:
+            out = out + (second.load([row, sizes[0]]),)  # type: ignore[assignment]
+        if len(sizes) > 2:
+            out = out + (third.load([row, sizes[0] + sizes[1]]),)  # type: ignore[assignment]
         return out
 
     @triton.jit
@@ -222,26 +257,27 @@ if TRITON:
 
     @triton.jit
     def _tile_of_logits(  # type: ignore[no-untyped-def]
-        x, head, column, tokens, width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr, some: tl.constexpr
+        x, first, second, third, start, tokens, sizes: tl.constexpr, column_block: tl.constexpr, some: tl.constexpr
     ):
-        """Rows ``column`` of the head, and their products with x; -inf, if there are ``some``, at ids that are none."""
-        w = _load_parts(head + column * width, column < tokens, some, sizes, parts)
+        """Rows ``start`` and following of the head, and their products with x; -inf, if there are ``some``, at ids that
+        are none."""
+        w = _copy_parts(first, second, third, start, sizes)
         logits = _product(x, w)
         if some:
-            logits = tl.where((column < tokens)[None, :], logits, -float("inf"))
+            logits = tl.where((start + tl.arange(0, column_block) < tokens)[None, :], logits, -float("inf"))
         return w, logits
 
     @triton.jit
     def _add_tile(  # type: ignore[no-untyped-def]
-        x, head, target, has_target, start, tokens, top, total, mean,
-        width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr, column_block: tl.constexpr, last: tl.constexpr,
+        x, first, second, third, target, has_target, start, tokens, top, total, mean,
+        sizes: tl.constexpr, column_block: tl.constexpr, last: tl.constexpr,
     ):
         """Take ids ``start`` and following in: the sum of exponentials, and the head's rows weighted by them and added
         up, without the target's."""
         log2_e: tl.constexpr = 1.4426950408889634
         hit = tl.load(has_target + start // column_block)
         column = tl.arange(0, column_block)
-        w, logits = _tile_of_logits(x, head, start + column, tokens, width, sizes, parts, last)
+        w, logits = _tile_of_logits(x, first, second, third, start, tokens, sizes, column_block, last)
         p = tl.exp2(logits * log2_e - top[:, None])
         total += tl.sum(p, 1)
         if hit:
@@ -250,9 +286,10 @@ if TRITON:
 
     @triton.jit
     def _head_by_rows_kernel(  # type: ignore[no-untyped-def]
-        hidden, head, targets, weights, has_target, overflown, nll, normalizers, lacking, grad_hidden, rows, tokens,
-        count, largest: tl.constexpr, width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr,
-        row_block: tl.constexpr, column_block: tl.constexpr, ahead: tl.constexpr, again: tl.constexpr,
+        hidden, head, first, second, third, targets, weights, has_target, overflown, nll, normalizers, lacking,
+        grad_hidden, rows, tokens, count, largest: tl.constexpr, width: tl.constexpr, sizes: tl.constexpr,
+        parts: tl.constexpr, row_block: tl.constexpr, column_block: tl.constexpr, ahead: tl.constexpr,
+        again: tl.constexpr,
     ):
         """nll and the gradient of hidden for ``row_block`` rows; ``again``, only where it was ``overflown``."""
         log2_e: tl.constexpr = 1.4426950408889634
@@ -261,18 +298,17 @@ if TRITON:
                 return
         row = tl.program_id(0) * row_block + tl.arange(0, row_block)
         inside = row < rows
-        x = _load_parts(hidden + row * width, inside, True, sizes, parts)
+        x = _load_parts(hidden + row * width, inside, sizes, parts)
         target = tl.load(targets + row, inside, 0).to(tl.int32)
         has_target += tl.program_id(0) * count
         # Exponentials are of what a logit is above the first tile's largest: a maximum that is kept up to date in every
         # tile, and what was added up before it scaled to it, takes as long as the products. Where some logits are too
         # far above, all is done once more with the largest of all.
-        w, logits = _tile_of_logits(x, head, tl.arange(0, column_block), tokens, width, sizes, parts, True)
+        w, logits = _tile_of_logits(x, first, second, third, 0, tokens, sizes, column_block, True)
         top = tl.max(logits, 1)
         if again:
             for start in tl.range(column_block, tokens, column_block, num_stages=ahead):
-                column = start + tl.arange(0, column_block)
-                w, logits = _tile_of_logits(x, head, column, tokens, width, sizes, parts, True)
+                w, logits = _tile_of_logits(x, first, second, third, start, tokens, sizes, column_block, True)
                 top = tl.maximum(top, tl.max(logits, 1))
         top *= log2_e
         total = tl.zeros((row_block,), tl.float32)
@@ -280,18 +316,16 @@ if TRITON:
         whole = tokens // column_block * column_block
         for start in tl.range(0, whole, column_block, num_stages=ahead):
             total, mean = _add_tile(
-                x, head, target, has_target, start, tokens, top, total, mean,
-                width, sizes, parts, column_block, False,
+                x, first, second, third, target, has_target, start, tokens, top, total, mean, sizes, column_block, False
             )  # fmt: skip
         if whole < tokens:
             total, mean = _add_tile(
-                x, head, target, has_target, whole, tokens, top, total, mean,
-                width, sizes, parts, column_block, True,
+                x, first, second, third, target, has_target, whole, tokens, top, total, mean, sizes, column_block, True
             )  # fmt: skip
         if not again:
             tl.store(overflown + tl.program_id(0), tl.max((total < largest).to(tl.int32) ^ 1, 0))
         normalizer = top + tl.log2(total)
-        w = _load_parts(head + target * width, inside, True, sizes, parts)
+        w = _load_parts(head + target * width, inside, sizes, parts)
         logit = tl.zeros((row_block,), tl.float32)
         for part in tl.static_range(len(parts)):
             logit += tl.sum(x[part].to(tl.float32) * w[part].to(tl.float32), 1)
@@ -314,14 +348,14 @@ if TRITON:
 
     @triton.jit
     def _add_rows(  # type: ignore[no-untyped-def]
-        w, hidden, targets, has_target, normalizers, lacking, column, start, rows, total,
-        width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr, row_block: tl.constexpr, last: tl.constexpr,
+        w, first, second, third, targets, has_target, normalizers, lacking, column, start, rows, total,
+        sizes: tl.constexpr, row_block: tl.constexpr, last: tl.constexpr,
     ):
         """Take rows ``start`` and following in: hidden weighted by the gradients of the logits and added up."""
         log2_e: tl.constexpr = 1.4426950408889634
         hit = tl.load(has_target)
         row = start + tl.arange(0, row_block)
-        x = _load_parts(hidden + row * width, row < rows, last, sizes, parts)
+        x = _copy_parts(first, second, third, start, sizes)
         if last:
             normalizer = tl.load(normalizers + row, row < rows, float("inf"))
         else:
@@ -335,27 +369,27 @@ if TRITON:
 
     @triton.jit
     def _head_by_columns_kernel(  # type: ignore[no-untyped-def]
-        hidden, head, targets, has_target, normalizers, lacking, grad_head, rows, tokens, vocabulary, count,
-        width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr, row_block: tl.constexpr,
+        head, first, second, third, targets, has_target, normalizers, lacking, grad_head, rows, tokens, vocabulary,
+        count, width: tl.constexpr, sizes: tl.constexpr, parts: tl.constexpr, row_block: tl.constexpr,
         column_block: tl.constexpr, ahead: tl.constexpr,
     ):
         """The gradient of ``column_block`` rows of the head. ``normalizers`` have the rows' weights in them, and
         ``lacking`` is the gradient of the targets' logits."""
         column = tl.program_id(0) * column_block + tl.arange(0, column_block)
-        w = _load_parts(head + column * width, column < tokens, True, sizes, parts)
+        w = _load_parts(head + column * width, column < tokens, sizes, parts)
         total = _zeros(column_block, parts)
         has_target += tl.program_id(0)
         whole = rows // row_block * row_block
         for start in tl.range(0, whole, row_block, num_stages=ahead):
             total = _add_rows(
-                w, hidden, targets, has_target, normalizers, lacking, column, start, rows, total,
-                width, sizes, parts, row_block, False,
+                w, first, second, third, targets, has_target, normalizers, lacking, column, start, rows, total,
+                sizes, row_block, False,
             )  # fmt: skip
             has_target += count
         if whole < rows:
             total = _add_rows(
-                w, hidden, targets, has_target, normalizers, lacking, column, whole, rows, total,
-                width, sizes, parts, row_block, True,
+                w, first, second, third, targets, has_target, normalizers, lacking, column, whole, rows, total,
+                sizes, row_block, True,
             )  # fmt: skip
         at = grad_head + column * width
         for part in tl.static_range(len(parts)):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.model import sharding
-from megatron.model.head_kernels import narrow_head
+from megatron.model.head_kernels import MOST_PARTS, narrow_head, parts_of
 from megatron.model.sharding import SequentialGPT, compile_blocks
 
 GPU = pytest.mark.gpu
@@ -40,19 +40,32 @@ def test_elsewhere_the_plain_code_is_used() -> None:
     assert narrow_head(*problem(5, 16, 40, 37, torch.bfloat16, "cpu"), 37) is None
 
 
+def test_parts_of_a_width() -> None:
+    assert parts_of(224) == ((128, 64, 32), (128, 64, 32)) and parts_of(288) == ((256, 32), (256, 32))
+    assert parts_of(96) == ((96,), (128,)) and parts_of(8) == ((8,), (16,))
+    assert parts_of(248) == ((248,), (256,)), "which 128 + 64 + 64 would be, too"
+    for width in range(8, 321, 8):
+        sizes, parts = parts_of(width)
+        assert sum(sizes) == width and len(sizes) == len(parts) <= MOST_PARTS
+        assert all(0 < size <= part and part in (16, 32, 64, 128, 256) for size, part in zip(sizes, parts))
+
+
 @GPU
 def test_what_it_takes() -> None:
     for width, dtype in ((328, torch.bfloat16), (130, torch.bfloat16), (128, torch.float32), (128, torch.float64)):
         assert narrow_head(*problem(5, width, 40, 37, dtype), 37) is None
     hidden, head, targets, weights = problem(5, 128, 40, 37, torch.bfloat16)
     assert narrow_head(hidden, head.t().contiguous().t(), targets, weights, 37) is None
+    off = torch.empty(40 * 128 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(40, 128).copy_(head)
+    assert narrow_head(hidden, off, targets, weights, 37) is None
     assert narrow_head(hidden, head, targets, weights, 37) is not None
 
 
 @GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(700, 128, 50304, 50258), (333, 224, 5000, 4999), (5, 16, 40, 37),
-                                   (64, 128, 128, 128), (130, 256, 640, 513), (200, 288, 1000, 990)])  # fmt: skip
+                                   (64, 128, 128, 128), (130, 256, 640, 513), (200, 288, 1000, 990),
+                                   (70, 320, 300, 290), (100, 200, 700, 650), (100, 96, 700, 650)])  # fmt: skip
 def test_nll_and_gradients(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     """nll to fp32's precision; gradients to that of the dtype, each row by itself: a sure row's are small."""
     tokens = shape[3]
