@@ -106,7 +106,7 @@ def narrow_head(
         return None
     if not (hidden.is_contiguous() and head.is_contiguous() and max(hidden.numel(), head.numel()) < 2**31):
         return None
-    if hidden.data_ptr() % 16 or head.data_ptr() % 16:  # the GPU's copy engine cannot start there
+    if hidden.data_ptr() % 16 or head.data_ptr() % 16:  # TMA cannot start there
         return None
     properties = torch.cuda.get_device_properties(hidden.device)
     tiles = next((tiles for widest, tiles in _TILES.items() if width <= widest), None)
@@ -224,7 +224,7 @@ if TRITON:
 
     @triton.jit
     def _copy_parts(first, second, third, row, sizes: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The same of rows ``row`` and following, by the GPU's copy engine, which needs no registers for addresses."""
+        """The same of rows ``row`` and following, by TMA where the GPU has it, which needs no registers for addresses."""
         out = (first.load([row, 0]),)
         if len(sizes) > 1:
             out = out + (second.load([row, sizes[0]]),)  # type: ignore[assignment]
