@@ -224,7 +224,7 @@ if TRITON:
 
     @triton.jit
     def _copy_parts(first, second, third, row, sizes: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The same of rows ``row`` and following, by TMA where the GPU has it, which needs no registers for addresses."""
+        """The same of rows ``row`` and following, by TMA where the GPU has it: addresses take no registers then."""
         out = (first.load([row, 0]),)
         if len(sizes) > 1:
             out = out + (second.load([row, sizes[0]]),)  # type: ignore[assignment]
