@@ -94,7 +94,7 @@ def narrow_head(
     hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, num_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """nll [n] fp32 of hidden [n, h] times the head [V, h], and the gradients of ``sum(nll * weights)``: hidden's in its
-    dtype, the head's in fp32. None where the plain code is to be used: wide or not half precision.
+    dtype, the head's in fp32. None where the plain code is to be used: wide, not half precision, before Hopper.
 
     Logits never leave the processor: one kernel goes over the vocabulary for each few rows of hidden as attention goes
     over keys (Dao et al., arXiv 2205.14135, algorithm 1), and makes nll and the gradient of hidden; another goes over
@@ -109,6 +109,8 @@ def narrow_head(
     if hidden.data_ptr() % 16 or head.data_ptr() % 16:  # TMA cannot start there
         return None
     properties = torch.cuda.get_device_properties(hidden.device)
+    if properties.major < 9:  # without TMA, Triton 3.6 makes code for these kernels that keeps its numbers in memory
+        return None
     tiles = next((tiles for widest, tiles in _TILES.items() if width <= widest), None)
     if tiles is None:
         return None
@@ -224,7 +226,7 @@ if TRITON:
 
     @triton.jit
     def _copy_parts(first, second, third, row, sizes: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The same of rows ``row`` and following, by TMA where the GPU has it: addresses take no registers then."""
+        """The same of rows ``row`` and following, by TMA, which needs no registers for addresses."""
         out = (first.load([row, 0]),)
         if len(sizes) > 1:
             out = out + (second.load([row, sizes[0]]),)  # type: ignore[assignment]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.model import sharding
+from megatron.model import head_kernels, sharding
 from megatron.model.head_kernels import MOST_PARTS, narrow_head, parts_of
 from megatron.model.sharding import SequentialGPT, compile_blocks
 
@@ -48,6 +49,14 @@ def test_parts_of_a_width() -> None:
         sizes, parts = parts_of(width)
         assert sum(sizes) == width and len(sizes) == len(parts) <= MOST_PARTS
         assert all(0 < size <= part and part in (16, 32, 64, 128, 256) for size, part in zip(sizes, parts))
+
+
+def test_gpus_before_hopper_use_the_plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have the shared memory, but none of the units that the kernels let copy tiles."""
+    a100 = SimpleNamespace(major=8, shared_memory_per_block_optin=166912)
+    monkeypatch.setattr(head_kernels, "takes", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: a100)
+    assert narrow_head(*problem(5, 16, 40, 37, torch.bfloat16, "cpu"), 37) is None
 
 
 @GPU
