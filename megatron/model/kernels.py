@@ -6,7 +6,8 @@ There is one where the compiler's code moves more bytes than it must (docs/perfo
 - ``swiglu_gradient``: it puts both halves of the gradient together element by element, and loads five numbers for two.
 - ``rotate_heads_``: it keeps queries and keys as they were beside the rotated ones, since values are next to them.
 - ``split_heads_gradient``: it puts gradients of queries, keys and values together element by element.
-- ``row_norm``: it takes up to twice as long as reading and writing every number once.
+- ``row_norm``: it takes up to twice as long as reading and writing every number once. The norm before the head, which
+  is not compiled, is computed by it, too.
 - ``branch_gradient``: the gradients of a norm and of the residual connection beside it were added by another kernel,
   and what the norm reads was kept beside what it makes.
 - ``add_dropped``: it draws one random number at a time, and keeps a byte of each for the backward pass.
