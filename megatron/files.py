@@ -64,9 +64,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str | None:
-    """Return the content of a file, None where there is none."""
+    """Return the content of a file, None where there is none. What is no UTF-8 is there as U+FFFD: whoever reads a name
+    or JSON finds it damaged, and says so."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
 

@@ -29,6 +29,7 @@ if __package__ in (None, ""):
 
 from megatron import budget
 from megatron.errors import UserError
+from megatron.files import read_text
 from megatron.metrics import read_metrics
 from tools.sweep_grids import FAMILIES, SCRIPTS, Task, grids, tasks
 
@@ -129,9 +130,9 @@ def plan_all(runs: Sequence[Task]) -> list[PlannedRun]:
 def state_of(run: PlannedRun) -> State:
     """Read the run's checkpoint directory."""
     saved, events = 0, []
-    latest = run.checkpoints / "latest"
-    if latest.is_file():
-        digits = latest.read_text(encoding="utf-8").strip().removeprefix("global_step")
+    latest = read_text(run.checkpoints / "latest")
+    if latest is not None:
+        digits = latest.strip().removeprefix("global_step")
         saved = int(digits) if digits.isdecimal() else 0
     metrics = run.checkpoints / "metrics.jsonl"
     if metrics.is_file():

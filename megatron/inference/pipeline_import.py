@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron.config import ModelConfig
 from megatron.errors import UserError
+from megatron.files import read_text
 from megatron.inference.safe_load import load_file
 from megatron.tokenizer import Vocabulary, build_vocabulary
 
@@ -89,9 +90,8 @@ def read_layers(directory: Path) -> list[Layer]:
 
     ``directory`` holds the files, or a ``latest`` file that names the directory which does.
     """
-    latest = directory / "latest"
-    if latest.is_file() and not any(directory.glob("layer_*")):
-        directory = directory / latest.read_text(encoding="utf-8").strip()
+    if not any(directory.glob("layer_*")) and (latest := read_text(directory / "latest")) is not None:
+        directory = directory / latest.strip()
     files: dict[int, dict[int, Path]] = {}
     for path in sorted(directory.glob("layer_*.pt")):
         match = _FILE.fullmatch(path.name)
