@@ -32,7 +32,7 @@ from megatron.distributed.agreement import agree_on_error
 from megatron.distributed.topology import Topology
 from megatron.errors import UserError
 from megatron.inference.weights import WEIGHT, find_state, own_part
-from megatron.model.gpt import Block, FinalNorm
+from megatron.model.gpt import Block
 from megatron.model.kernels import add_to
 from megatron.objectives.base import Batch
 from megatron.optimizer import build_optimizer
@@ -364,10 +364,10 @@ def partitioned(config: RunConfig, topology: Topology) -> Iterator[None]:
 
 def gather_by_block(model: torch.nn.Module) -> None:
     """Let ZeRO 3 gather the parameters of a transformer block together, before the block runs, not layer by layer
-    within it: a compiled block would not see them come and go. The last norm's kernels do not call the layer at all."""
+    within it: a compiled block would not see them come and go."""
     from deepspeed.utils import set_z3_leaf_modules
 
-    set_z3_leaf_modules(model, [Block, FinalNorm])
+    set_z3_leaf_modules(model, [Block])
 
 
 @contextlib.contextmanager

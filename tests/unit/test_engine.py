@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 
 from megatron import engine as engine_module
@@ -25,6 +26,7 @@ from megatron.config import (
 )
 from megatron.distributed.topology import Topology
 from megatron.engine import Engine
+from megatron.model import gpt
 from megatron.objectives import build_objective
 from megatron.objectives.base import Batch
 from megatron.optimizer import build_optimizer
@@ -185,3 +187,29 @@ def test_something_else_is_done_while_the_first_micro_batch_is_under_way(topolog
 
     build(topology).train_batch(stream(), MICRO_BATCHES, 1e-2, meanwhile=lambda: at.append(len(read)))
     assert at == [1] and len(read) == MICRO_BATCHES
+
+
+def test_zero_3_gathers_the_last_norm_although_its_layer_is_not_called(
+    topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside compiled blocks, kernels compute it from the gain alone."""
+    seen: list[torch.Size] = []
+
+    def last_norm(norm: torch.nn.RMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(norm.weight.shape)
+        return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.eps)
+
+    monkeypatch.setattr(gpt, "last_norm", last_norm)
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, normalization="rmsnorm"),
+        parallel=dataclasses.replace(CONFIG.parallel, zero_stage=3),
+    )  # fmt: skip
+    losses = []
+    for by_kernels in (True, False):
+        engine, stream = build(topology, config), iter(make_batches(STEPS))
+        last = next(module for module in engine.model.modules() if isinstance(module, gpt.FinalNorm))
+        assert last.final_layernorm.weight.numel() == 0, "divided while it rests"
+        last.by_kernels = by_kernels
+        losses.append([engine.train_batch(stream, MICRO_BATCHES, 1e-2).loss.item() for _ in range(STEPS)])
+    assert losses[0] == losses[1]
+    assert seen == [torch.Size([16])] * STEPS * MICRO_BATCHES
