@@ -140,7 +140,7 @@ def _own_graph_obstacle(config: RunConfig, topology: Topology, sums_in_place: bo
     if parallel.pipeline_model_parallel_size > 1 or parallel.tensor_model_parallel_size > 1:
         return "they are for data parallelism alone"
     if not sums_in_place:
-        return "they need --bf16 with --zero-stage 1 and the optimizer on the GPU"
+        return "they need --bf16, --zero-stage 1, no offloading, bf16.immediate_grad_update"
     if config.optimizer.fp8:
         return "they have not been tried with --fp8"
     if (flag := _mask_flag(config)) is not None:

@@ -119,7 +119,7 @@ NARROW: dict[str, Any] = {"bf16": True}
     ({"enable_cuda_graph": False}, True, "CUDA graphs: none (--no-enable-cuda-graph)"),
     ({"compile": False}, True, "CUDA graphs: none (they are for compiled code, and there is --no-compile)"),
     ({"tensor_model_parallel_size": 2}, True, "CUDA graphs: none (they are for data parallelism alone)"),
-    ({}, False, "CUDA graphs: none (they need --bf16 with --zero-stage 1 and the optimizer on the GPU)"),
+    ({}, False, "CUDA graphs: none (they need --bf16, --zero-stage 1, no offloading, bf16.immediate_grad_update)"),
     ({"fp8": True}, True, "CUDA graphs: none (they have not been tried with --fp8)"),
     ({"checkpoint_activations": True}, True, "CUDA graphs: none (they have no recomputation)"),
     ({"hidden_size": 640}, True, "CUDA graphs: none (they pay up to --hidden-size 576)"),
