@@ -46,7 +46,11 @@ if TYPE_CHECKING:
     from megatron.inference.harness import HarnessModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-GENERATIVE = ("acc", "acc_stderr")  # of a loglikelihood task: whether greedy decoding gives the answer
+GENERATIVE = {
+    "loglikelihood": ("acc", "acc_stderr"),
+    "multiple_choice": ("exact_match", "exact_match_stderr"),
+}
+"""Metrics of a kind of task that say whether greedy decoding gives the answer."""
 
 
 # ---- tasks
@@ -121,14 +125,14 @@ def select_tasks(built: list[Any], flags: argparse.Namespace) -> tuple[list[Any]
 
 
 def drop_metrics(results: dict[str, Any], built: list[Any], flags: argparse.Namespace) -> None:
-    """Leave out the metrics of loglikelihood tasks that rest on what was not computed."""
+    """Leave out the metrics that rest on what was not computed: greedy decoding, or likelihoods."""
     if not (flags.only_generate or flags.only_nll):
         return
     for task in built:
-        if task.OUTPUT_TYPE == "loglikelihood":
+        if task.OUTPUT_TYPE in GENERATIVE:
             own = results["results"].get(task.task_name, {})
             for key in [key for key in own if "," in key]:
-                if (key.partition(",")[0] in GENERATIVE) == bool(flags.only_nll):
+                if (key.partition(",")[0] in GENERATIVE[task.OUTPUT_TYPE]) == bool(flags.only_nll):
                     del own[key]
 
 
@@ -232,7 +236,7 @@ def report(results: dict[str, Any], loaded_from: str, output: str | None) -> Non
     error = ours["mean_stderr_of_a_log_likelihood"]
     if error:
         print(f"standard error of a log likelihood, mean: {error:.3f} nats; the Stderr column is over questions")
-    for key, text in (("truncated_contexts", "contexts were cut at their beginning to fit the model's window"),
+    for key, text in (("truncated_contexts", "requests lost the beginning of their context, to fit the model's window"),
                       ("shortened_generations", "generations got fewer tokens than the task asked for"),
                       ("beyond_tolerance", "likelihoods are known less well than --mc-tolerance says: raise --max-mc")):
         if ours[key]:

@@ -78,6 +78,12 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(continuation | context) in nats, whether greedy decoding gives the continuation) of each instance."""
         pairs = self.encode_pairs([request.args for request in requests])
+        for request, (_, continuation) in zip(requests, pairs, strict=True):
+            if not continuation:  # whose probability would be 1, and the choice the best
+                raise UserError(
+                    f"task {request.task_name}, document {request.doc_id}: answer {request.args[1]!r} has no token of "
+                    "its own, since it becomes one with the end of the question: separate them (target_delimiter)"
+                )
         asked = [
             self._fit(context, continuation, group_of(request.task_name, request.doc_id))
             for request, (context, continuation) in zip(requests, pairs, strict=True)

@@ -43,6 +43,9 @@ def _measure(tokenizer: tokenizers.Tokenizer) -> Callable[[str], int]:
     decoders = component_types(tokenizer.decoder)
     if "ByteLevel" in decoders | component_types(tokenizer.pre_tokenizer):
         return _byte_level
+    if suffix := getattr(tokenizer.model, "end_of_word_suffix", None):
+        # A piece that ends a word also stands for the space behind it.
+        return lambda token: len(token.removesuffix(suffix).encode()) + token.endswith(suffix)
     return _word_piece if "WordPiece" in decoders else _sentence_piece
 
 

@@ -121,6 +121,17 @@ def test_bytes_of_a_wordpiece_tokenizer(tmp_path: Path) -> None:
     assert load_hf_tokenizer(str(tmp_path)).token_bytes().tolist() == [0, 4, 3, 0]
 
 
+def test_bytes_of_pieces_that_mark_the_end_of_a_word(tmp_path: Path) -> None:
+    """As GPT-1's and CLIP's: "</w>" is no text, but the space that follows."""
+    words = ["new", "caf\u00e9</w>", "est</w>", "<eos>"]
+    model = models.BPE({word: i for i, word in enumerate(words)}, [], end_of_word_suffix="</w>")
+    library = tokenizers.Tokenizer(model)
+    library.decoder = decoders.BPEDecoder(suffix="</w>")
+    library.add_special_tokens(["<eos>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_hf_tokenizer(str(tmp_path)).token_bytes().tolist() == [3, 6, 4, 0]
+
+
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
     """transformers, told not to look anything up."""

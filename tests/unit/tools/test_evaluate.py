@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -172,6 +173,23 @@ def test_only_generate_and_only_nll(
     assert "acc,none" in found["results"]["opposites"]
 
 
+@pytest.mark.parametrize(("kind", "flags", "left"), [
+    ("multiple_choice", {"only_nll": True, "only_generate": False}, {"acc,none", "acc_stderr,none"}),
+    ("loglikelihood", {"only_nll": True, "only_generate": False}, {"exact_match,none", "exact_match_stderr,none"}),
+    ("loglikelihood", {"only_nll": False, "only_generate": True}, {"acc,none", "acc_stderr,none"}),
+    ("generate_until", {"only_nll": False, "only_generate": True}, None),
+    ("multiple_choice", {"only_nll": False, "only_generate": False}, None),
+])  # fmt: skip
+def test_metrics_of_what_was_not_computed_go(kind: str, flags: dict[str, bool], left: set[str] | None) -> None:
+    """exact_match of a choice is whether it would be decoded, as lm-eval has it; shown, it would be 0."""
+    from tools.evaluate import drop_metrics
+
+    every = {"acc,none", "acc_stderr,none", "exact_match,none", "exact_match_stderr,none"}
+    results = {"results": {"t": {"alias": "t"} | dict.fromkeys(every, 0.0)}}
+    drop_metrics(results, [SimpleNamespace(OUTPUT_TYPE=kind, task_name="t")], argparse.Namespace(**flags))
+    assert set(results["results"]["t"]) == {"alias"} | (every if left is None else left)
+
+
 def test_wrong_input_ends_with_one_line(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -220,6 +238,16 @@ def test_spaces_between_context_and_continuation_belong_to_the_continuation(
     model = harness(checkpoint("ar"))
     pairs = model.encode_pairs([("ab ", "cd"), ("ab", " cd"), ("", "x"), ("  ", "y")])
     assert pairs == [(list(b"ab"), list(b" cd"))] * 2 + [([256], list(b"x")), ([256], list(b"  y"))]
+
+
+def test_an_answer_without_a_token_of_its_own_is_refused(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its probability would be 1, and it would win every question."""
+    model = harness(checkpoint("ar"))
+    monkeypatch.setattr(model, "encode_pairs", lambda pairs: [([97], []), ([97], [98])])
+    with pytest.raises(UserError, match=r"task t, document 7: answer 'n' has no token of its own"):
+        model.loglikelihood([instance("so i", "n", document=7), instance("so i", "q", document=7)])
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
