@@ -213,6 +213,22 @@ class ObjectiveConfig(Options):
                 "token stood: drop one of them"
             )
 
+    @property
+    def loss_conditions(self) -> tuple[str, ...]:
+        """The flags by which a loss is not that of the text alone, so that an MDM's is no bound of it either.
+
+        Masks and positions that restart show an MDM where documents end, masked or not; an autoregressive model has
+        read these ends. Without the ends' loss nobody pays for telling them from other tokens, and the two objectives
+        leave out different targets.
+        """
+        shown = self.objective == "mdm"
+        flags = (
+            ("--reset-attention-mask", shown and self.reset_attention_mask),
+            ("--reset-position-ids", shown and self.reset_position_ids),
+            ("--eod-mask-loss", self.eod_mask_loss),
+        )
+        return tuple(flag for flag, given in flags if given)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(Options):

@@ -7,6 +7,7 @@ paired.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ class Measurement:
 
     Attributes:
         loss: nats per counted token; for MDM the negative ELBO, an upper bound of the negative log-likelihood.
-        stderr: standard error of ``loss`` over windows (their Monte Carlo noise included).
+        stderr: standard error of ``loss`` over windows (their Monte Carlo noise included), as if these were
+            independent: docs/evaluation.md says what it is good for.
         bits_per_byte: the same loss per UTF-8 byte of text.
         windows: number of windows; num_mc: noise draws per window.
         seconds: wall-clock time.
@@ -87,6 +89,13 @@ class Validator:
             else ""
         )
         return f"{self.windows} of {len(self.dataset)} windows of {self.dataset.seq_length} tokens{mdm}"
+
+    def fingerprint(self) -> str:
+        """A name of the windows: another one where their number, or the first's or last's tokens are others."""
+        digest = hashlib.blake2b(f"{self.windows}".encode(), digest_size=8)
+        for window in (0, self.windows - 1):
+            digest.update(self.dataset[window].tobytes())
+        return digest.hexdigest()
 
     def measure(self, engine: Engine) -> Measurement:
         """Evaluate the engine's model; a collective call."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -24,7 +24,10 @@ from megatron.metric_sinks import Console, TensorBoard, WeightsAndBiases
 if TYPE_CHECKING:
     from megatron.distributed.topology import Topology
 
-__all__ = ["MetricsError", "MetricsWriter", "TrainRecord", "ValidationRecord", "metrics_path", "read_metrics"]
+__all__ = [
+    "MetricsError", "MetricsWriter", "TrainRecord", "ValidationRecord", "metrics_path", "of_training",
+    "on_last_windows", "read_metrics",
+]  # fmt: skip
 
 METRICS_FILE: Final = "metrics.jsonl"
 KINDS: Final = ("train", "valid", "test", "meta")
@@ -171,6 +174,29 @@ def metrics_path(logging: LoggingConfig, checkpoint: CheckpointConfig) -> Path |
     if logging.metrics_file is not None:
         return Path(logging.metrics_file)
     return None if checkpoint.save is None else Path(checkpoint.save) / METRICS_FILE
+
+
+def of_training(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``events`` without those of ``--skip-train`` runs, which measure into the file of the run that trained."""
+    kept, trains = [], True
+    for event in events:
+        if event["kind"] == "meta" and event.get("event") == "start":
+            trains = event.get("tokens_per_epoch") != 0
+        if trains:
+            kept.append(event)
+    return kept
+
+
+def on_last_windows(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The validation events that have a loss, of the windows that were measured last: no others compare with them."""
+    windows: str | None = None
+    found: list[dict[str, Any]] = []
+    for event in events:
+        if event["kind"] == "meta" and event.get("event") == "start" and event.get("valid_windows") != windows:
+            windows, found = event.get("valid_windows"), []
+        if event["kind"] == "valid" and event.get("loss") is not None:
+            found.append(event)
+    return found
 
 
 def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, Any]]:

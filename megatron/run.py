@@ -24,7 +24,7 @@ from megatron.backends import (
 )
 from megatron.batch_schedule import BatchSchedule
 from megatron.checkpointing import CheckpointStore, restore_rng
-from megatron.config import RunConfig
+from megatron.config import ObjectiveConfig, RunConfig
 from megatron.config_checks import check_vocabulary
 from megatron.config_record import describe
 from megatron.data import Dataset, build_dataset, describe_helpers
@@ -97,6 +97,12 @@ class Run:
         return 0.0 if self.train_data is None else samples * self.tokens_per_sample / self.train_data.tokens_per_epoch
 
 
+def _on_losses(config: ObjectiveConfig) -> list[str]:
+    flags = ", ".join(config.loss_conditions)
+    note = "compare them with those of the same objective and flags only (docs/training.md)"
+    return [f"losses are not those of the text alone ({flags}): {note}"] if flags else []
+
+
 def set_up(config: RunConfig, topology: Topology) -> Run:
     """Build the run and load its checkpoint. A collective call: what fails on one rank fails on all.
 
@@ -141,7 +147,7 @@ def set_up(config: RunConfig, topology: Topology) -> Run:
         engine.use_graphs()
     remarks = [*on_attention(config, topology, obstacle), *on_masks(config, model, topology), *on_messages]
     remarks += on_gated_products(config, topology, gated_obstacle_of(config, topology))
-    remarks += on_graphs(config, topology, graph_obstacle)
+    remarks += [*on_graphs(config, topology, graph_obstacle), *_on_losses(config.objective)]
     progress = _load(config, topology, vocabulary, engine, remarks)
     return Run(
         config=config,

@@ -258,7 +258,9 @@ class Loop:
         with self.interval.paused() as pause:
             measurement = validator.measure(self.run.engine)
         self.metrics.pause(pause.seconds)
-        is_best = kind == "valid" and measurement.loss < self.lowest_loss
+        # --skip-train may measure other windows than the checkpoints' losses are of.
+        trains = not self.config.evaluation.skip_train
+        is_best = kind == "valid" and trains and measurement.loss < self.lowest_loss
         if is_best:
             self.lowest_loss = measurement.loss
         self.metrics.validation(
@@ -399,6 +401,8 @@ def _settings(run: Run) -> dict[str, Any]:
         "objective": config.objective.objective,
         "parameters": run.parameters,
         "tokens_per_epoch": 0 if run.train_data is None else run.train_data.tokens_per_epoch,
+        "valid_windows": None if run.validator is None else run.validator.fingerprint(),
+        "loss_conditions": list(config.objective.loss_conditions),
         "train_samples": config.train_samples,
         "weight_decay": config.optimizer.weight_decay,
         "attention_dropout": config.model.attention_dropout,

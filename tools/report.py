@@ -3,8 +3,9 @@
     python tools/report.py [--output comparison.png] [LABEL=]CHECKPOINT_DIR ...
 
 The table gives, for every run, the model, its parameters, unique tokens, epochs, weight decay, the best and the last
-validation loss with their standard errors, and the epoch of the best. The picture shows validation loss against
-epochs on a logarithmic axis, with the best point of every run marked.
+validation loss with their standard errors, and the epoch of the best, and says where losses do not compare. The picture
+shows validation loss against epochs on a logarithmic axis, with the best point of every run marked. Of a run, losses
+count that were measured while it trained, on the windows that it measured last.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import UserError
-from megatron.metrics import read_metrics
+from megatron.metrics import of_training, on_last_windows, read_metrics
 
 COLUMNS = (
     "run",
@@ -52,6 +53,17 @@ class Run:
         """The last validation event."""
         return self.valid[-1]
 
+    @property
+    def conditions(self) -> list[str]:
+        """The flags by which its losses are not those of the text alone."""
+        return list(self.meta.get("loss_conditions", []))
+
+    def loss(self, event: dict[str, Any]) -> str:
+        """A loss with its standard error, if more than one window says one; a bound is called one."""
+        bound = "<= " if self.meta["objective"] == "mdm" and not self.conditions else ""
+        error = "" if event["stderr"] is None else f" +/- {event['stderr']:.3f}"
+        return f"{bound}{event['loss']:.3f}{error}"
+
 
 def load_run(argument: str) -> Run:
     """Read ``[LABEL=]DIRECTORY`` (or a path to a metrics file).
@@ -64,9 +76,9 @@ def load_run(argument: str) -> Run:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{argument}: no metrics.jsonl there; give a checkpoint directory (--save) of a run")
-    events = read_metrics(path)
+    events = of_training(read_metrics(path))
     meta = [event for event in events if event["kind"] == "meta" and event.get("event") == "start"]
-    valid = [event for event in events if event["kind"] == "valid" and event["loss"] is not None]
+    valid = on_last_windows(events)
     if not meta or not valid:
         raise UserError(f"{path}: holds no validation yet; train with --valid-data-path and --eval-interval")
     return Run(label or path.parent.name, meta[-1], valid)
@@ -77,7 +89,6 @@ def table(runs: list[Run]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [COLUMNS]
     for run in runs:
         meta, best, last = run.meta, run.best, run.last
-        bound = "<= " if meta["objective"] == "mdm" else ""
         rows.append(
             (
                 run.label,
@@ -86,12 +97,32 @@ def table(runs: list[Run]) -> list[tuple[str, ...]]:
                 f"{meta['tokens_per_epoch']:,}",
                 f"{last['epoch']:.1f}",
                 f"{meta['weight_decay']:g}",
-                f"{bound}{best['loss']:.3f} +/- {best['stderr']:.3f}",
+                run.loss(best),
                 f"{best['epoch']:.1f}",
-                f"{bound}{last['loss']:.3f} +/- {last['stderr']:.3f}",
+                run.loss(last),
             )
         )
     return rows
+
+
+def remarks(runs: list[Run]) -> list[str]:
+    """What to know before one loss is compared with another."""
+    said = []
+    windows = {(run.meta.get("valid_windows"), run.last["windows"]) for run in runs}
+    if len(windows) == 1 and None not in next(iter(windows)):
+        said.append("Losses are nats per token on the same windows.")
+    elif len({count for _, count in windows}) > 1 or len({name for name, _ in windows} - {None}) > 1:
+        counts = ", ".join(f"{run.label} {run.last['windows']}" for run in runs)
+        said.append(f"NOT THE SAME WINDOWS, so losses do not compare (windows: {counts}).")
+    else:
+        said.append("Losses are nats per token; older files do not say whether on the same windows.")
+    if any("<=" in run.loss(run.best) for run in runs):
+        said.append("'<=': an MDM loss is an upper bound (negative ELBO) of its true loss.")
+    said += [
+        f"{run.label}: not the loss of the text alone ({', '.join(run.conditions)}); it compares with runs of the same "
+        "objective and flags only." for run in runs if run.conditions
+    ]  # fmt: skip
+    return said
 
 
 def format_table(rows: list[tuple[str, ...]]) -> str:
@@ -118,13 +149,13 @@ def plot(runs: list[Run], path: Path) -> None:
         color = {"ar": "#c44e52", "mdm": "#4c72b0"}[family]
         epochs = [event["epoch"] for event in run.valid if event["epoch"] > 0]
         losses = [event["loss"] for event in run.valid if event["epoch"] > 0]
-        errors = [event["stderr"] for event in run.valid if event["epoch"] > 0]
+        errors = [event["stderr"] or 0.0 for event in run.valid if event["epoch"] > 0]
         axes.plot(
             epochs,
             losses,
             style,
             color=color,
-            label=f"{run.label}: best {run.best['loss']:.3f} ± {run.best['stderr']:.3f}",
+            label=f"{run.label}: best {run.loss(run.best).replace('<= ', '').replace('+/-', '±')}",
         )
         low = [loss - error for loss, error in zip(losses, errors, strict=True)]
         high = [loss + error for loss, error in zip(losses, errors, strict=True)]
@@ -164,9 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(table(runs)))
-    if any(run.meta["objective"] == "mdm" for run in runs):
-        print("\nLosses are nats per token on the same windows.")
-        print("'<=': an MDM loss is an upper bound (negative ELBO) of its true loss.")
+    print("\n" + "\n".join(remarks(runs)))
     if arguments.output:
         plot(runs, arguments.output)
         print(f"picture: {arguments.output}")

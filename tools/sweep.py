@@ -30,7 +30,7 @@ if __package__ in (None, ""):
 from megatron import budget
 from megatron.errors import UserError
 from megatron.files import read_text
-from megatron.metrics import read_metrics
+from megatron.metrics import of_training, on_last_windows, read_metrics
 from tools.sweep_grids import FAMILIES, SCRIPTS, Task, grids, tasks
 
 STATUS_COLUMNS: Final = (
@@ -136,7 +136,7 @@ def state_of(run: PlannedRun) -> State:
         saved = int(digits) if digits.isdecimal() else 0
     metrics = run.checkpoints / "metrics.jsonl"
     if metrics.is_file():
-        events = read_metrics(metrics)
+        events = of_training(read_metrics(metrics))
     if saved >= run.steps:
         return State("finished", saved, events)
     return State("broken off" if saved or events else "not started", saved, events)
@@ -169,7 +169,7 @@ def print_status(planned: Sequence[PlannedRun]) -> None:
     for index, run in enumerate(planned):
         state = state_of(run)
         train = [event for event in state.events if event["kind"] == "train"]
-        valid = [event for event in state.events if event["kind"] == "valid" and event.get("loss") is not None]
+        valid = on_last_windows(state.events)
         best = min(valid, key=lambda event: event["loss"]) if valid else None
         rows.append((
             str(index),

@@ -398,3 +398,14 @@ def test_global_batch_must_be_whole_micro_batches() -> None:
     assert resolve_for_world(ramp, world_size=1) == ramp
     with pytest.raises(UserError, match=r"--rampup-batch-size 2 .*2 data-parallel ranks"):
         resolve_for_world(ramp, world_size=2)
+
+
+def test_flags_by_which_a_loss_is_not_the_texts_own() -> None:
+    """Restarting masks show an MDM the documents' ends; an autoregressive model has read them."""
+    restarts = {"reset_attention_mask": True, "reset_position_ids": True}
+    assert ObjectiveConfig(objective="ar", **restarts).loss_conditions == ()
+    assert ObjectiveConfig(objective="ar", eod_mask_loss=True).loss_conditions == ("--eod-mask-loss",)
+    assert ObjectiveConfig(objective="mdm").loss_conditions == ()
+    assert ObjectiveConfig(objective="mdm", eod_mask_loss=True, **restarts).loss_conditions == (
+        "--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"
+    )  # fmt: skip

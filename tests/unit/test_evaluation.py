@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron.errors import UserError
-from megatron.evaluation import number_of_windows, ratio_with_error
+from megatron.evaluation import Validator, number_of_windows, ratio_with_error
 
 
 def test_equal_counts_give_the_mean_and_its_standard_error():
@@ -51,3 +51,17 @@ def test_windows_are_fixed_and_never_exhausted():
     assert number_of_windows(config("25"), 1000) == 25
     with pytest.raises(UserError, match="no window of --seq-length 16"):
         number_of_windows(config(), 0)
+
+
+def test_windows_are_known_by_their_number_and_tokens() -> None:
+    def fingerprint(tokens: np.ndarray, windows: int) -> str:
+        validator = Validator.__new__(Validator)
+        validator.windows, validator.dataset = windows, tokens
+        return validator.fingerprint()
+
+    tokens = np.arange(60, dtype=np.int64).reshape(10, 6)
+    changed = tokens.copy()
+    changed[4, 5] = 0
+    same = fingerprint(tokens, 5)
+    assert same == fingerprint(tokens.copy(), 5) and len(same) == 16
+    assert len({same, fingerprint(tokens, 4), fingerprint(changed, 5), fingerprint(tokens[1:], 5)}) == 4
