@@ -5,6 +5,7 @@ Both take and return lists of token ids; the same call with the same seed on the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"--temperature {self.temperature} is negative: 0 is greedy")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"--temperature {self.temperature} is not a finite number of 0 or more; 0 is greedy")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top-k {self.top_k} leaves no token: give 1 or more")
         if not 0 < self.top_p <= 1:

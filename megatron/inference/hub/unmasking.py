@@ -9,6 +9,7 @@ section 3.2), semi-autoregressive blocks those of LLaDA (Nie et al., arXiv 2502.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,8 +51,9 @@ class Unmasking:
             raise ValueError(f"order {self.order!r} is not one of {', '.join(ORDERS)}")
         if self.tokens_per_step < 1 or (self.block_length is not None and self.block_length < 1):
             raise ValueError("tokens_per_step and block_length start at 1")
-        if self.temperature < 0 or self.guidance < 0:
-            raise ValueError("temperature and guidance are not negative")
+        for name, value in (("temperature", self.temperature), ("guidance", self.guidance)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} {value} is not a finite number of 0 or more")
 
 
 @torch.no_grad()

@@ -165,7 +165,11 @@ def test_gumbel_noise_is_exact_in_the_tail() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"order": "best"}, {"tokens_per_step": 0}, {"block_length": 0}, {"temperature": -1}, {"guidance": -1}]
+    "wrong",
+    [
+        {"order": "best"}, {"tokens_per_step": 0}, {"block_length": 0}, {"temperature": -1}, {"guidance": -1},
+        {"temperature": math.nan}, {"temperature": math.inf}, {"guidance": math.nan}, {"guidance": math.inf},
+    ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):

@@ -211,6 +211,7 @@ def test_wrong_input_ends_with_one_line(
         (["--load", ar, "--tasks", ALL, "--eval-method", "mc"], "--eval-method mc is for masked"),
         (["--load", ar, "--tasks", str(TASKS / "opposites.yaml"), "--only-generate"], "none of them"),
         (["--load", ar, "--tasks", ALL, "--gen-tokens-per-step", "0"], "tokens_per_step"),
+        (["--load", ar, "--tasks", ALL, "--gen-guidance", "nan"], "guidance nan is not a finite number"),
     ):
         assert main([*flags, "--quiet"]) == 2
         error = capsys.readouterr().err
