@@ -47,6 +47,15 @@ require_choice() {
     stop_with "$name must be one of $*, not '${!name}'"
 }
 
+# Switches, 0 where unset. Any other value would count as 0, and a dry run that is none trains.
+require_switches() {
+    local name
+    for name in "$@"; do
+        printf -v "$name" %s "${!name-0}"
+        require_choice "$name" 0 1
+    done
+}
+
 # The processes must divide into the model's parts, and the batch into the processes; a dry run may not know their number.
 check_batch() {
     [[ -n $PROCESSES ]] || return 0

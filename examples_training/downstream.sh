@@ -10,6 +10,7 @@ downstream() {
     local family=$1 gpus
     shift
     apply_overrides "$@"
+    require_switches SMOKE DRY_RUN
     if [[ ${SMOKE:-0} == 1 ]]; then
         source examples_training/smoke.sh
         shrink_downstream "$family"

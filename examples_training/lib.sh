@@ -107,6 +107,7 @@ begin_run() {
         *) stop_with "the family of an experiment is arm or mdm, not '$FAMILY'" ;;
     esac
     apply_overrides "$@"
+    require_switches SMOKE DRY_RUN
     set_defaults
     find_python
     set -u

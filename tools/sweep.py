@@ -274,6 +274,8 @@ def _axes(settings: Sequence[str]) -> dict[str, list[str]]:
         name, sign, values = setting.partition("=")
         if not sign or not name or not all(values.split(",")):
             raise UserError(f"--set {setting}: write NAME=VALUE or NAME=VALUE,VALUE")
+        if name == "DRY_RUN":
+            raise UserError(f"--set {setting}: every run is planned by a dry run; --dry-run stops after that")
         axes[name] = values.split(",")
     return axes
 

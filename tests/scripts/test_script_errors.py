@@ -44,6 +44,17 @@ def test_wrong_settings(argument: str, sandbox: Any) -> None:
     _assert_one_line(result, BY_ARGUMENT[argument])
 
 
+@pytest.mark.parametrize("path", ["mdm/example_training", "arm/example_chinchilla", "arm/example_downstream"])
+@pytest.mark.parametrize("name", ["DRY_RUN", "SMOKE"])
+@pytest.mark.parametrize("value", ["yes", "true", "2", "01", ""])
+def test_a_switch_is_0_or_1(path: str, name: str, value: str, sandbox: Any) -> None:
+    file, other = f"examples_training/{path}.sh", {"DRY_RUN": "SMOKE", "SMOKE": "DRY_RUN"}[name]
+    message = f"error: {name} must be one of 0 1, not '{value}'\n"
+    _assert_one_line(sandbox.bash(file, f"{name}={value}", f"{other}=1"), message)
+    _assert_one_line(sandbox.bash(file, **{name: value, other: "1"}), message)
+    assert not (sandbox.path / "ds_configs").exists() and not (sandbox.path / "output").exists()
+
+
 EDITED = {
     ("MODEL_PARAM", '("${PARAM_426M[@]}")'): 'MODEL_PARAM=("${PARAM_426M[@]}") names no row of utils/model_params.sh',
     ("MODEL_PARAM", "(1280 5120 128 10)"): "must be five whole numbers (d_model ffw kv heads layers), not '1280 5120",

@@ -157,6 +157,7 @@ WRONG = {
     "nonsense": "nonsense is no grid: take one of chinchilla, data_value",
     "lr --set SEED": "--set SEED: write NAME=VALUE",
     "lr --set SEED=1,,2": "--set SEED=1,,2: write NAME=VALUE",
+    "lr --set DRY_RUN=0": "--set DRY_RUN=0: every run is planned by a dry run",
     "lr --task 64": "--task 64: the grid has runs 0 to 63",
     "lr --set SEEDS=1": "SEEDS is no variable of the scripts",
 }
