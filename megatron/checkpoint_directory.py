@@ -84,8 +84,14 @@ class CheckpointDirectory:
         path = self.directory / BEST_FILE
         text = read_text(path)
         try:
-            return None if text is None else Best(**json.loads(text))
-        except (TypeError, json.JSONDecodeError) as error:
+            if text is None:
+                return None
+            best = Best(**json.loads(text))
+            kinds = (best.tag, str), (best.iteration, int), (best.loss, int | float)
+            if not all(isinstance(value, kind) for value, kind in kinds):
+                raise TypeError("a value has the wrong type")
+            return best
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it") from error
 
     def _available(self) -> str:

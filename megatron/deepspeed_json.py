@@ -12,13 +12,19 @@ What DeepSpeed 0.19.8 does with each precision and stage, and why this module as
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron.config import RunConfig
-from megatron.errors import UserError
+from megatron.errors import UserError, one_line
 
+_SECTIONS = (
+    "zero_optimization", "bf16", "fp16", "data_types", "pipeline", "activation_checkpointing", "timers", "comms_logger",
+    "tensorboard", "wandb", "csv_monitor", "flops_profiler", "aio",
+)  # fmt: skip
 _SET_BY_FLAGS = ("optimizer", "scheduler", "tensor_parallel", "curriculum_learning", "data_efficiency")
 
 
@@ -52,6 +58,23 @@ def deepspeed_config(config: RunConfig, data_parallel_size: int, global_batch_si
     if config.optimizer.fp16:
         merged["fp16"] = {"loss_scale": config.optimizer.loss_scale or 0, **user.get("fp16", {}), "enabled": True}
     return merged
+
+
+@contextlib.contextmanager
+def refusals_of(path: str | None) -> Iterator[None]:
+    """Name the ``--deepspeed_config`` JSON in what DeepSpeed says against a configuration that has it in it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        from_a_check = type(error).__module__.startswith(("pydantic", "deepspeed"))
+        if path is None or not (from_a_check or isinstance(error, _REFUSALS)):
+            raise
+        raise UserError(f"--deepspeed_config {path}: DeepSpeed refuses it ({one_line(error)[:300]})") from error
+
+
+_REFUSALS = (TypeError, ValueError, KeyError, AttributeError, AssertionError, NotImplementedError, OSError)
 
 
 def offloads_optimizer(merged: dict[str, Any]) -> bool:
@@ -144,8 +167,16 @@ def _read_json(path: str | None) -> dict[str, Any]:
         raise UserError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed_config {path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--deepspeed_config {path}: not valid JSON ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed_config {path}: must hold one JSON object")
+    for key in _SECTIONS:
+        if not isinstance(content.get(key, {}), dict):
+            raise UserError(f"--deepspeed_config {path}: {key} must be an object, not {json.dumps(content[key])[:40]}")
+    steps = content.get("steps_per_print", 1)
+    if not (isinstance(steps, int) and steps >= 1):  # read in the first step only
+        raise UserError(f"--deepspeed_config {path}: steps_per_print must be a whole number, at least 1")
     return content
 
 

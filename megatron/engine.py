@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ from megatron.async_save import HostCopies
 from megatron.config import ModelConfig, RunConfig
 from megatron.cuda_graphs import MicroBatchGraphs, Record
 from megatron.deepspeed_bf16 import add_without_copies, is_bf16_optimizer, note_gradients, step_without_waiting
-from megatron.deepspeed_json import deepspeed_config, offloads_optimizer
+from megatron.deepspeed_json import deepspeed_config, offloads_optimizer, refusals_of
 from megatron.deepspeed_save import save_engine
 from megatron.deepspeed_state import set_parameter, settings_kept
 from megatron.distributed.agreement import agree_on_error
+from megatron.distributed.roll_call import is_lost_peer
 from megatron.distributed.topology import Topology
-from megatron.errors import UserError
+from megatron.errors import OneRankError, UserError, one_line
 from megatron.inference.weights import WEIGHT, find_state, own_part
 from megatron.model.gpt import Block
 from megatron.model.kernels import add_to
@@ -113,7 +115,7 @@ class Engine:
         optimizer = build_optimizer(model.named_weights().items(), config.optimizer, fused)
         # Without graphs of autograd: what flat weights are made of would keep, as long as they live, what adds up each
         # parameter's gradient, on the stream that is current now.
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), refusals_of(config.parallel.deepspeed_config):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -275,8 +277,14 @@ class Engine:
 
         They must have been saved by the same process grid and the same ``layout``. What flags say stays as it is.
         """
-        with quiet(), settings_kept(self._engine.optimizer):
-            path, _ = self._engine.load_checkpoint(str(directory), tag=tag, load_lr_scheduler_states=False)
+        try:
+            with quiet(), settings_kept(self._engine.optimizer):
+                path, _ = self._engine.load_checkpoint(str(directory), tag=tag, load_lr_scheduler_states=False)
+        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, OSError) as error:
+            if is_lost_peer(error) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            said = one_line(error)[:200]
+            raise OneRankError(f"checkpoint {directory / tag} is damaged ({said}): use another") from error
         if path is None:
             raise UserError(f"--load {directory}: DeepSpeed finds no checkpoint files in {tag}")
 
@@ -356,10 +364,13 @@ def partitioned(config: RunConfig, topology: Topology) -> Iterator[None]:
     deepspeed = import_deepspeed(topology.device)
     with agree_on_error(topology):
         merged = deepspeed_config(config, topology.data_parallel_size, config.batch.global_batch_size)
-    with quiet(), deepspeed.zero.Init(
-        data_parallel_group=topology.data_group, config_dict_or_path=merged, mpu=topology.mpu
-    ):
-        yield
+    with quiet():
+        with refusals_of(config.parallel.deepspeed_config):
+            divided = deepspeed.zero.Init(
+                data_parallel_group=topology.data_group, config_dict_or_path=merged, mpu=topology.mpu
+            )
+        with divided:
+            yield
 
 
 def gather_by_block(model: torch.nn.Module) -> None:

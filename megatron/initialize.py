@@ -24,14 +24,14 @@ def initialize(config: ParallelConfig) -> Topology:
     needs no port at all.
 
     Raises:
-        UserError: incomplete launcher variables, more local ranks than GPUs, or a world size the parallel sizes do
-        not divide.
+        UserError: incomplete or wrong launcher variables, more local ranks than GPUs, or a world size the parallel
+        sizes do not divide.
     """
     device = _device(config)
     backend = config.distributed_backend or ("nccl" if device.type == "cuda" else "gloo")
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if _number("WORLD_SIZE", "1", 1) == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             _require_rendezvous()
@@ -67,7 +67,7 @@ def _device(config: ParallelConfig) -> torch.device:
         if config.distributed_backend == "nccl":
             raise UserError("--distributed-backend nccl: no GPU is visible; use gloo")
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", config.local_rank or 0))
+    local_rank = _number("LOCAL_RANK", str(config.local_rank or 0), 0)
     if local_rank >= torch.cuda.device_count():
         raise OneRankError(
             f"local rank {local_rank}, but only {torch.cuda.device_count()} GPUs are visible on this node: "
@@ -83,3 +83,15 @@ def _require_rendezvous() -> None:
         raise UserError(
             f"WORLD_SIZE is set but {', '.join(missing)} is not: start the run with deepspeed, torchrun or launch.sh"
         )
+    rank, size = _number("RANK", "", 0), _number("WORLD_SIZE", "", 1)
+    if rank >= size:
+        raise OneRankError(f"RANK is {rank}, and WORLD_SIZE {size}: ranks are 0 to {size - 1}")
+    _number("MASTER_PORT", "", 1, 65535)
+
+
+def _number(name: str, default: str, smallest: int, largest: int = 2**31 - 1) -> int:
+    """A whole number from the launcher's environment."""
+    text = os.environ.get(name, default)
+    if not (text.isdecimal() and smallest <= int(text) <= largest):
+        raise OneRankError(f"{name}={text} in the environment: it must be a whole number from {smallest} to {largest}")
+    return int(text)

@@ -31,6 +31,8 @@ __all__ = [
 
 METRICS_FILE: Final = "metrics.jsonl"
 KINDS: Final = ("train", "valid", "test", "meta")
+_BEGIN: Final = '{"kind": "'
+"""What every line that is written here begins with."""
 
 
 class MetricsError(RuntimeError):
@@ -219,9 +221,12 @@ def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, An
             event = json.loads(line)
             if event["kind"] not in KINDS or not isinstance(event["iteration"], int):
                 raise ValueError("unknown kind or iteration")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not an event of metrics.jsonl ({error})") from error
         events.append(event)
+    torn = lines[-1]
+    if torn and not (torn.startswith(_BEGIN) or _BEGIN.startswith(torn)):
+        raise UserError(f"{path}, line {len(lines)}: not an event of metrics.jsonl")
     return [event for event in events if kind is None or event["kind"] == kind]
 
 

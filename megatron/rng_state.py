@@ -5,12 +5,14 @@ Noise of the objectives and the order of the data need none of this: they are pu
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from megatron.errors import OneRankError, one_line
 from megatron.files import flush
 from megatron.run_metadata import world_layout
 
@@ -56,13 +58,18 @@ def restore_rng(checkpoint: Path, topology: Topology, seed: int) -> str | None:
     if not path.is_file():
         reason = f"{path.name} is missing"
     else:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        if stored["world"] != world_layout(topology):
-            reason = f"saved by {_layout_text(stored['world'])} processes, now {_layout_text(world_layout(topology))}"
-        elif set(stored["rng"]) != set(rng_state(topology.device)):
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            world, states = stored["world"], stored["rng"]
+        except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, EOFError, ValueError, OSError) as error:
+            said = one_line(error)[:200]
+            raise OneRankError(f"{path} is damaged ({said}): use another checkpoint, or --no-load-rng") from error
+        if world != world_layout(topology):
+            reason = f"saved by {_layout_text(world)} processes, now {_layout_text(world_layout(topology))}"
+        elif set(states) != set(rng_state(topology.device)):
             reason = "saved on another kind of device"
     if reason is None:
-        set_rng_state(stored["rng"], topology.device)
+        set_rng_state(states, topology.device)
         return None
     torch.manual_seed(seed)
     return f"dropout generators of {checkpoint.name} not restored, seeded anew: {reason}"

@@ -23,8 +23,9 @@ from megatron.backends import (
     require_flash,
 )
 from megatron.batch_schedule import BatchSchedule
+from megatron.checkpoint_directory import TAG
 from megatron.checkpointing import CheckpointStore, restore_rng
-from megatron.config import ObjectiveConfig, RunConfig
+from megatron.config import CheckpointConfig, ObjectiveConfig, RunConfig
 from megatron.config_checks import check_vocabulary
 from megatron.config_record import describe
 from megatron.data import Dataset, build_dataset, describe_helpers
@@ -40,7 +41,14 @@ from megatron.model.gpt import build_layers, initialize_weights, recipes
 from megatron.model.sharding import SequentialGPT, compile_blocks, use_flash_attention, use_gated_products
 from megatron.objectives import Objective, build_objective
 from megatron.pipelined_engine import PipelinedEngine, build_pipeline
-from megatron.run_metadata import changed_settings, check_compatible, git_commit, library_versions, world_layout
+from megatron.run_metadata import (
+    METADATA_FILE,
+    changed_settings,
+    check_compatible,
+    git_commit,
+    library_versions,
+    world_layout,
+)
 from megatron.seeding import derive, seed_torch
 from megatron.tokenizer import Tokenizer, Vocabulary, build_tokenizer, build_vocabulary
 
@@ -301,6 +309,7 @@ def _load(
     if tag is None or saved is None:
         if config.evaluation.skip_train:
             raise UserError(f"--load {settings.load}: holds no checkpoint to evaluate")
+        _require_nothing_there(settings)
         remarks.append(f"--load {settings.load}: no checkpoint there, starting from scratch")
         return Progress()
     weights_only = settings.finetune or settings.no_load_optim or config.evaluation.skip_train
@@ -331,6 +340,19 @@ def _load(
         samples=saved.consumed_samples,
         **{name: saved.extra[name] for name in extra},
     )
+
+
+def _require_nothing_there(settings: CheckpointConfig) -> None:
+    """Raise UserError where starting from scratch cannot be what ``--load`` was meant for."""
+    needing = {"--finetune": settings.finetune, "--no-load-optim": settings.no_load_optim,
+               "--no-load-rng": settings.no_load_rng}  # fmt: skip
+    for flag in (flag for flag, given in needing.items() if given):
+        raise UserError(f"--load {settings.load} holds no checkpoint, and {flag} needs one")
+    assert settings.load is not None
+    path = Path(settings.load)
+    if TAG.fullmatch(path.resolve().name) and (path / METADATA_FILE).is_file():
+        whole = path.resolve()
+        raise UserError(f"--load {path} is a checkpoint: give --load {whole.parent} --load-tag {whole.name}")
 
 
 def _split(world: Mapping[str, int], layout: Mapping[str, Any]) -> str:

@@ -151,6 +151,14 @@ def check_compatible(
         raise UserError(f"--load: checkpoint {saved.tag} holds another model: {found}: give the saved values")
 
 
+def other_model(saved: CheckpointMetadata, config: RunConfig, vocabulary: Vocabulary) -> list[str]:
+    """Return ``flag old -> new`` for all in which the model of a checkpoint, or what it was trained for, is another."""
+    different = _differences(saved.shape, model_shape(config.model, vocabulary))
+    if saved.objective != config.objective.objective:
+        different.append(f"objective {saved.objective} -> {config.objective.objective}")
+    return different
+
+
 def changed_settings(saved: CheckpointMetadata, config: RunConfig) -> list[str]:
     """Return ``flag old -> new`` for every setting that differs from the checkpoint's, paths and intervals left out.
 
@@ -175,11 +183,30 @@ def read_metadata(checkpoint: Path) -> CheckpointMetadata:
             raise UserError(f"{path} is not of format {FORMAT}: load it with the version that wrote it")
         fields.pop("tag")
         fields["validation"] = None if fields["validation"] is None else Validation(**fields["validation"])
-        return CheckpointMetadata(**fields)
+        metadata = CheckpointMetadata(**fields)
+        _check_types(metadata)
+        return metadata
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {checkpoint} is no checkpoint of this program") from None
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}): use another checkpoint") from error
+
+
+def _check_types(metadata: CheckpointMetadata) -> None:
+    """Raise TypeError where a value cannot be what it says."""
+    for name in ("iteration", "consumed_samples", "consumed_tokens", "sequence"):
+        value = getattr(metadata, name)
+        if not isinstance(value, int) or value < 0:
+            raise TypeError(f"{name} is {value!r}")
+    for name in ("vocabulary", "shape", "data_order", "config", "world", "versions", "extra", "files"):
+        if not isinstance(getattr(metadata, name), dict):
+            raise TypeError(f"{name} is no object")
+    for name, size in {**metadata.files, **metadata.world}.items():
+        if not isinstance(size, int):
+            raise TypeError(f"{name}: {size!r} is no whole number")
+    loss = None if metadata.validation is None else metadata.validation.loss
+    if not isinstance(metadata.seed, int) or not isinstance(loss, int | float | None):
+        raise TypeError("seed or validation loss is no number")
 
 
 def as_json(metadata: CheckpointMetadata) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from megatron.config import CheckpointConfig
-from megatron.distributed.agreement import any_rank
+from megatron.distributed.agreement import agree_on_error, any_rank
+from megatron.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.distributed.topology import Topology
@@ -40,7 +41,7 @@ class StopController:
     second one kills at once. Without the flag signals keep their usual meaning.
 
     A kill-switch file that is there already when the run starts is obeyed at the first step boundary. The file is
-    removed when the ranks have agreed to stop, so a requeued job goes on.
+    removed when the ranks have agreed to stop, so a requeued job goes on; one that has content then is no switch.
     """
 
     def __init__(
@@ -60,6 +61,11 @@ class StopController:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopController:
+        """Raises UserError, on every rank, if ``--kill-switch-file`` names what should not be removed."""
+        path = self._config.kill_switch_file
+        with agree_on_error(self._topology):
+            if self._topology.rank == 0 and path is not None and not _is_a_switch(path):
+                raise UserError(f"--kill-switch-file {path} is there and no empty file: name one that may be removed")
         if self._config.exit_signal_handler:
             for number in _HANDLED:
                 self._previous[number] = signal.signal(number, self._on_signal)
@@ -122,6 +128,11 @@ class StopController:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 signal.raise_signal(signal.SIGINT)
         self._signal = number if self._signal is None else self._signal
+
+
+def _is_a_switch(path: str) -> bool:
+    """Whether nobody loses anything if ``path`` is removed."""
+    return not os.path.lexists(path) or (os.path.isfile(path) and os.path.getsize(path) == 0)
 
 
 def _remove(path: str) -> None:

@@ -23,7 +23,7 @@ from megatron.interval import Interval
 from megatron.metrics import MetricsWriter, TrainRecord, ValidationRecord, metrics_path
 from megatron.profiling import StepProfiler, in_words
 from megatron.run import Run, banner
-from megatron.run_metadata import CheckpointMetadata, Validation, describe_run
+from megatron.run_metadata import CheckpointMetadata, Validation, describe_run, other_model
 from megatron.stopping import StopController
 from megatron.trace_shares import Shares
 
@@ -42,6 +42,13 @@ def pretrain(run: Run, start_time: float) -> None:
     store = None if config.checkpoint.save is None else CheckpointStore(config.checkpoint.save)
     remarks = list(run.remarks)
     if store is not None and not config.evaluation.skip_train:
+        with agree_on_error(topology):
+            for stored in store.stored() if topology.rank == 0 else ():
+                if different := other_model(stored, config, run.vocabulary):
+                    raise UserError(
+                        f"--save {config.checkpoint.save} holds checkpoints of another model ({stored.tag}: "
+                        f"{'; '.join(different)}), which this run would overwrite: name another directory"
+                    )
         store.prepare(topology)
         remark = store.begin(run.progress.iteration if run.progress.iteration else None, topology)
         remarks += [remark] if remark else []

@@ -117,6 +117,18 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--deepspeed_config {tmp}/clip.json", ("clip.json", "gradient_clipping is 0.5", "--clip-grad says 1.0")
     ),
     "JSON with an optimizer": ("--deepspeed_config {tmp}/optimizer.json", ("optimizer.json", "'optimizer'")),
+    "JSON that is no text": ("--deepspeed_config {tmp}/binary.json", ("binary.json: not valid JSON",)),
+    "JSON with a wrong section": ("--deepspeed_config {tmp}/section.json", ("section.json: bf16 must be an object",)),
+    "JSON with a wrong interval": ("--deepspeed_config {tmp}/steps.json", ("steps.json: steps_per_print must be",)),
+    "JSON it refuses": ("--deepspeed_config {tmp}/zero.json", ("zero.json: DeepSpeed refuses it", "nonsense")),
+    "metrics file that is another file": (
+        "--metrics-file {tmp}/corpus.jsonl", ("corpus.jsonl, line 1: not an event of metrics.jsonl",)
+    ),
+    "kill switch that is a file of its own": ("--kill-switch-file {tmp}/text", ("text is there and no empty file",)),
+    "nothing to finetune": ("--load {tmp}/nowhere --finetune", ("nowhere holds no checkpoint", "--finetune needs one")),
+    "a checkpoint instead of its directory": (
+        "--load {tmp}/global_step2", ("global_step2 is a checkpoint: give --load", "--load-tag global_step2")
+    ),
     "save below a file": ("--save {tmp}/text/save", ("--save", "text/save")),
     "save is a file": ("--save {tmp}/text", ("--save", "text is a file")),
     "save not writable": ("--save /proc/save", ("--save /proc/save cannot be written",)),
@@ -146,11 +158,47 @@ def test_wrong_command_lines(case: str, corpus: Corpus, launch: Launcher, tmp_pa
     (given / "list.json").write_text("[1]")
     (given / "clip.json").write_text(json.dumps({"gradient_clipping": 0.5}))
     (given / "optimizer.json").write_text(json.dumps({"optimizer": {"type": "Adam"}}))
-    before = {path: path.read_bytes() for path in given.rglob("*")}
+    (given / "binary.json").write_bytes(b"\xff\xfe")
+    (given / "section.json").write_text('{"bf16": true}')
+    (given / "steps.json").write_text('{"steps_per_print": 0}')
+    (given / "zero.json").write_text('{"zero_optimization": {"nonsense": 1}}')
+    (given / "corpus.jsonl").write_text('{"text": "my only document"}')
+    (given / "global_step2").mkdir()
+    (given / "global_step2" / "run.json").write_text("{}")
+    before = {path: path.read_bytes() for path in given.rglob("*") if path.is_file()}
     extra, words = COMMANDS[case]
     argv = corpus.flags("--train-iters 4", extra.format(tmp=given))
     assert_refused(launch("ar", argv), *words)
-    assert {path: path.read_bytes() for path in given.rglob("*")} == before
+    assert {path: path.read_bytes() for path in given.rglob("*") if path.is_file()} == before
+
+
+def test_the_checkpoints_of_another_model_are_not_overwritten(
+    corpus: Corpus, launch: Launcher, tmp_path: Path
+) -> None:
+    save = tmp_path / "run"
+    argv = corpus.flags("--train-iters 1 --lr-warmup-samples 4", f"--save {save}")
+    assert launch("ar", argv).code == 0
+    before = {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
+    assert_refused(launch("mdm", argv), f"--save {save} holds checkpoints of another model", "objective ar -> mdm")
+    assert {path: path.read_bytes() for path in save.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("mp_rank_*_model_states.pt", ("is damaged (", "use another")),
+    ("*optim_states.pt", ("is damaged (", "use another")),
+    ("rng_rank_0.pt", ("rng_rank_0.pt is damaged (", "--no-load-rng")),
+    ("best.json", ("best.json is damaged (", "remove it")),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_named(
+    name: str, words: tuple[str, ...], corpus: Corpus, launch: Launcher, tmp_path: Path
+) -> None:
+    """Of the right size, as a disk that fails leaves it."""
+    save = tmp_path / "run"
+    argv = corpus.flags("--lr-warmup-samples 4", f"--save {save}")
+    assert launch("ar", [*argv, "--train-iters", "1"]).code == 0
+    (path,) = save.rglob(name) if "json" not in name else [save / name]
+    path.write_bytes(b'{"tag": 5, "iteration": "x", "loss": []}' if "json" in name else bytes(path.stat().st_size))
+    assert_refused(launch("ar", [*argv, "--train-iters", "2", "--load", str(save)]), *words)
 
 
 def test_a_missing_gpt2_vocabulary(corpus: Corpus, launch: Launcher, tmp_path: Path) -> None:

@@ -392,6 +392,10 @@ def test_latest_is_believed_and_its_absence_is_not_the_end(tmp_path: Path) -> No
         ("no run.json", None, "run.json is missing: {d}/global_step2 is no checkpoint of this program"),
         ("torn run.json", None, "{d}/global_step2/run.json is damaged ("),
         ("strange run.json", None, "{d}/global_step2/run.json is damaged ("),
+        ("list as shape", None, "{d}/global_step2/run.json is damaged (shape is no object)"),
+        ("negative iteration", None, "{d}/global_step2/run.json is damaged (iteration is -5)"),
+        ("text as sequence", None, "{d}/global_step2/run.json is damaged (sequence is 'a')"),
+        ("deep run.json", None, "{d}/global_step2/run.json is damaged ("),
         ("format", None, "{d}/global_step2/run.json is not of format 1: load it with the version that wrote it"),
     ],
 )
@@ -412,6 +416,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, damage: str, tag: str | 
         "no run.json": (last / "run.json").unlink,
         "torn run.json": lambda: (last / "run.json").write_text('{"format": 1, '),
         "strange run.json": lambda: (last / "run.json").write_text("[1]"),
+        "list as shape": lambda: (last / "run.json").write_text(json.dumps(description | {"shape": []})),
+        "negative iteration": lambda: (last / "run.json").write_text(json.dumps(description | {"iteration": -5})),
+        "text as sequence": lambda: (last / "run.json").write_text(json.dumps(description | {"sequence": "a"})),
+        "deep run.json": lambda: (last / "run.json").write_text("[" * 100_000),
         "format": lambda: (last / "run.json").write_text(json.dumps(description | {"format": 2})),
     }
     actions[damage]()

@@ -17,6 +17,7 @@ from waiting import wait_until
 
 from megatron.config import CheckpointConfig
 from megatron.distributed.topology import build_topology, single_process_topology
+from megatron.errors import UserError
 from megatron.stopping import StopController
 
 ALONE = single_process_topology()
@@ -70,6 +71,16 @@ def test_kill_switch_present_at_start_is_obeyed_at_the_first_boundary(tmp_path: 
         assert switch.exists(), "nothing is obeyed before a step is done"
         assert stop.should_stop(1) is not None
     assert not switch.exists()
+
+
+def test_what_has_content_is_no_kill_switch(tmp_path: Path) -> None:
+    """It would be removed."""
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(b"work of days")
+    for name in (path, tmp_path):
+        with pytest.raises(UserError, match=r"--kill-switch-file .* is there and no empty file"):
+            controller(kill_switch_file=str(name)).__enter__()
+    assert path.read_bytes() == b"work of days"
 
 
 def test_kill_switch_that_cannot_be_removed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
