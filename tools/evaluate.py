@@ -40,6 +40,7 @@ from megatron.inference.loading import load_model
 from megatron.inference.scoring import Scorer
 from megatron.initialize import initialize, leave, shut_down
 from tools.fetch_gpt2_vocab import FetchError
+from tools.output_flag import check_output
 from tools.tokenizer_flags import add_tokenizer_flags, tokenizer_config, tokenizer_named
 
 if TYPE_CHECKING:
@@ -148,6 +149,9 @@ def evaluate(flags: argparse.Namespace, topology: Topology) -> dict[str, Any] | 
         max_mc=max(flags.max_mc, flags.num_mc), order=flags.chain_order, log_probs=not flags.only_generate,
         greedy=not flags.only_nll,
     )
+    with agree_on_error(topology):
+        if topology.is_first and flags.output is not None:
+            check_output(flags.output)
     with agree_on_error(topology):
         manager, built = build_tasks(read_tasks(flags.tasks), flags.include_path)
         tasks, dropped = select_tasks(built, flags)
@@ -309,8 +313,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             topology = single_process_topology("cuda" if torch.cuda.is_available() else "cpu")
         results = evaluate(flags, topology)
-        if results is not None:
-            report(results, flags.load, flags.output)
+        with agree_on_error(topology):
+            if results is not None:
+                report(results, flags.load, flags.output)
     except (UserError, FetchError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks fail alike
             print(f"error: {error}", file=sys.stderr)

@@ -127,19 +127,17 @@ def test_every_kind_of_task(
     assert "|opposites|" in printed and ("standard error of a log likelihood" in printed) is uncertain
 
 
-def test_two_ranks_give_the_results_of_one(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    directory, flags = checkpoint("mdm"), ("--tasks", ALL, "--num-mc", "4", "--log-samples")
-    alone = run(directory, tmp_path / "alone.json", *flags)
+def two_ranks(directory: Path, cache: Path, *flags: str) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs of the tool in two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {
         "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }
     command = [
-        sys.executable, str(ROOT / "tools" / "evaluate.py"), "--load", str(directory), "--bootstrap-iters", "10",
-        "--output", str(tmp_path / "two.json"), *flags,
+        sys.executable, str(ROOT / "tools" / "evaluate.py"), "--load", str(directory), "--bootstrap-iters", "10", *flags
     ]
     ranks = [
         subprocess.Popen(command, env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
@@ -147,7 +145,14 @@ def test_two_ranks_give_the_results_of_one(checkpoint: Callable[[str], Path], tm
         for r in range(2)
     ]
     outputs = [process.communicate(timeout=200)[0].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    return [process.returncode for process in ranks], outputs
+
+
+def test_two_ranks_give_the_results_of_one(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    directory, flags = checkpoint("mdm"), ("--tasks", ALL, "--num-mc", "4", "--log-samples")
+    alone = run(directory, tmp_path / "alone.json", *flags)
+    codes, outputs = two_ranks(directory, tmp_path / "cache", "--output", str(tmp_path / "two.json"), *flags)
+    assert codes == [0, 0], outputs
     assert "|opposites|" in outputs[0] and "|opposites|" not in outputs[1]
     two = json.loads((tmp_path / "two.json").read_text())
     for task, values in alone["results"].items():
@@ -216,6 +221,44 @@ def test_wrong_input_ends_with_one_line(
         assert main([*flags, "--quiet"]) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
+
+
+OUTPUTS = [
+    ("", "--output is empty"), (".", "--output .: is a directory"), ("/dev/null", "no regular file"),
+    ("/proc/x/y.json", "--output /proc/x/y.json: cannot be written"), ("lost/y.json", "lost/y.json: cannot be written"),
+    ("old.json/y.json", "old.json/y.json: cannot be written: Not a directory"), ("x" * 251, "File name too long"),
+]
+
+
+@pytest.mark.parametrize(("output", "message"), OUTPUTS)
+def test_an_impossible_output_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: str, message: str
+) -> None:
+    from tools.evaluate import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("old.json").write_text("old")
+    Path("lost").symlink_to("nowhere")
+    assert main(["--load", "no checkpoint", "--tasks", ALL, "--output", output]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: --output") and error.count("\n") == 1, error
+    assert sorted(os.listdir()) == ["lost", "old.json"] and Path("old.json").read_text() == "old"
+
+
+def test_a_possible_output_is_tried_without_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.evaluate import main
+
+    (tmp_path / "old.json").write_text("old")
+    for output in ("old.json", "new.json", "deep/down/new.json"):
+        assert main(["--load", "no checkpoint", "--tasks", "none.yaml", "--output", str(tmp_path / output)]) == 2
+        assert "none.yaml: no such file" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["old.json"] and (tmp_path / "old.json").read_text() == "old"
+
+
+def test_no_rank_goes_on_without_an_output(tmp_path: Path) -> None:
+    codes, outputs = two_ranks(tmp_path, tmp_path / "cache", "--tasks", ALL, "--output", str(tmp_path))
+    assert codes == [2, 2], outputs
+    assert f"error: --output {tmp_path}: is a directory" in outputs[0] and "error" not in outputs[1]
 
 
 # ---- the adapter alone
