@@ -47,7 +47,9 @@ class ParallelConfig(Options):
     deepspeed_config: str | None = option("DeepSpeed JSON, checked against the flags", None, flag="--deepspeed_config")
     local_rank: int | None = option("set by launchers", None, at_least=0, flag="--local_rank")
     distributed_backend: str | None = option("collectives [nccl with GPUs, else gloo]", None, choices=("nccl", "gloo"))
-    distributed_timeout_minutes: int = option("a collective that takes longer ends the run", 10, at_least=1)
+    distributed_timeout_minutes: int = option(
+        "a collective that takes longer ends the run", 10, at_least=1, at_most=10**6
+    )
     compile: bool | None = option("torch.compile the transformer blocks [on with a GPU]", None)
     activation_memory_budget: float | None = option(
         "compiled blocks keep about this share of their activations and recompute the cheapest of the rest [all]", None,

@@ -170,6 +170,8 @@ def _check_data(config: RunConfig) -> None:
             raise UserError("--skip-train needs --valid-data-path(-file), --test-data-path(-file) or --data-path")
     elif not data.has("train"):
         raise UserError("training needs --train-data-path-file, --train-data-path or --data-path")
+    if data.epoch_rule == "megatron" and config.parallel.seed >= 2**32:
+        raise UserError(f"--epoch-rule megatron shuffles with a --seed below 2^32, not {config.parallel.seed}")
 
 
 def _check_schedule(config: RunConfig) -> None:

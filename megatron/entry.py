@@ -23,12 +23,14 @@ from megatron.training import NotFinite, pretrain
 EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_WRONG_INPUT: Final = 2
+EXIT_INTERRUPTED: Final = 130  # as a shell says of SIGINT
 # A launcher ends all ranks when one ends: before they have met, the first one gets this long (seconds) to say why.
 HEAD_START: Final = 5.0
 
 
 def main(objective: Literal["ar", "mdm"], argv: Sequence[str] | None = None) -> int:
-    """Run an entry point; returns its exit code: 0 done or stopped with a checkpoint, 1 failed, 2 wrong input."""
+    """Run an entry point; returns its exit code: 0 done or stopped with a checkpoint, 1 failed, 2 wrong
+    input. Ctrl-C ends the process with 130, unless ``--exit-signal-handler`` stops it."""
     start_time = time.monotonic()
     topology: Topology | None = None
     try:
@@ -42,6 +44,10 @@ def main(objective: Literal["ar", "mdm"], argv: Sequence[str] | None = None) -> 
         code = _complain(error, EXIT_WRONG_INPUT, met=topology is not None)
     except (CheckpointError, MetricsError, NotFinite) as error:
         code = _complain(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        # No farewell to the others: they have been interrupted, too, or wait for this process.
+        _complain(UserError("interrupted (Ctrl-C)"), EXIT_INTERRUPTED)
+        _end_at_once(EXIT_INTERRUPTED)
     except RuntimeError as error:
         if topology is None or topology.world_size == 1 or not is_lost_peer(error):
             raise
@@ -62,10 +68,15 @@ def _leave_alone(error: RuntimeError, topology: Topology) -> NoReturn:
             file=sys.stderr,
             flush=True,
         )
+    _end_at_once(EXIT_FAILED)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """A usual exit would wait for processes that are lost."""
     for child in multiprocessing.active_children():
         child.terminate()  # loader workers
     sys.stdout.flush()
-    os._exit(EXIT_FAILED)  # a usual exit would wait for the lost process
+    os._exit(code)
 
 
 def _complain(error: Exception, code: int, met: bool = True) -> int:

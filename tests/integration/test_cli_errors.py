@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -143,6 +144,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "--attention-backend flash", ("--attention-backend flash: it needs a GPU; or use --attention-backend auto",)
     ),
     "no such attention": ("--attention-backend unfused", ("--attention-backend", "unfused", "auto", "flash", "fused")),
+    "seed beyond NumPy's": ("--epoch-rule megatron --seed 4294967296", ("--epoch-rule megatron", "below 2^32")),
     "sequence too long": ("--seq-length 64", ("--seq-length 64", "--max-position-embeddings")),
     "flag without its value": ("--save", ("--save",)),
     "empty flag": ("--save=", ("--save is empty",)),
@@ -315,6 +317,23 @@ def test_a_token_that_only_one_ranks_samples_hold(
     both = launch.ranks("mdm", [argv] * 2, [None, None])
     assert [process.code for process in both] == [2, 2], both
     assert both[0].stderr.count("error: ") == 1 and "foreign.bin holds token id 300" in both[0].stderr
+
+
+def test_ctrl_c_is_one_line(corpus: Corpus, tmp_path: Path) -> None:
+    argv = corpus.flags("--train-iters 1000000 --lr-warmup-samples 4 --num-workers 1", f"--save {tmp_path}/save")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / ENTRY_POINTS["ar"]), *argv], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.search(r"iteration +\d+/", line):
+            break
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in said.splitlines() if not line.startswith("[")] == ["error: interrupted (Ctrl-C)"]
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ WRONG: list[tuple[Any, dict[str, Any], list[str]]] = [
     (ParallelConfig, {"local_rank": -1}, ["--local_rank"]),
     (ParallelConfig, {"distributed_backend": "mpi"}, ["--distributed-backend"]),
     (ParallelConfig, {"distributed_timeout_minutes": 0}, ["--distributed-timeout-minutes"]),
+    (ParallelConfig, {"distributed_timeout_minutes": 10**14}, ["--distributed-timeout-minutes"]),
     (TokenizerConfig, {"merge_file": "m"}, ["--vocab-file", "GPT2BPETokenizer", "fetch_gpt2_vocab"]),
     (TokenizerConfig, {"vocab_file": "v"}, ["--merge-file", "fetch_gpt2_vocab"]),
     (TokenizerConfig, {"tokenizer_type": "HFTokenizer"}, ["--tokenizer-model"]),
