@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -52,6 +53,33 @@ GENERATIVE = {
     "multiple_choice": ("exact_match", "exact_match_stderr"),
 }
 """Metrics of a kind of task that say whether greedy decoding gives the answer."""
+BOUNDS = {
+    "num_fewshot": (0, sys.maxsize), "limit": (1, sys.maxsize), "max_mc": (1, sys.maxsize),
+    "batch_tokens": (1, sys.maxsize), "bootstrap_iters": (0, sys.maxsize), "seed": (0, 2**32 - 1),  # NumPy's seeds
+}
+
+
+# ---- flags
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    """What can be said before anything is read.
+
+    Raises:
+        UserError: a number out of range, or a directory that is missing.
+    """
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(flags, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{_flag(name)} {value} is out of range: it must be >= {least} and <= {most}")
+    if flags.mc_tolerance is not None and not math.isfinite(flags.mc_tolerance):
+        raise UserError(f"--mc-tolerance {flags.mc_tolerance} is not a finite number")
+    if flags.include_path is not None and not Path(flags.include_path).is_dir():
+        raise UserError(f"--include-path {flags.include_path}: no such directory")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 # ---- tasks
@@ -73,10 +101,15 @@ def read_tasks(names: Sequence[str]) -> list[str | dict[str, Any]]:
             config = dict(load_yaml(path))
         except Exception as error:  # whatever YAML and the file's own functions raise
             raise UserError(f"--tasks {name}: {' '.join(str(error).split())}") from error
-        arguments = dict(config.get("dataset_kwargs") or {})
+        arguments = config.get("dataset_kwargs") or {}
+        if not isinstance(arguments, dict):
+            raise UserError(f"--tasks {name}: dataset_kwargs: {arguments!r} is no mapping")
         if "data_files" in arguments:
-            arguments["data_files"] = _beside(arguments["data_files"], path.resolve().parent)
-            config["dataset_kwargs"] = arguments
+            try:
+                files = _beside(arguments["data_files"], path.resolve().parent)
+            except TypeError as error:
+                raise UserError(f"--tasks {name}: data_files: {error}") from error
+            config["dataset_kwargs"] = arguments | {"data_files": files}
         specs.append(config)
     return specs
 
@@ -86,6 +119,8 @@ def _beside(files: Any, directory: Path) -> Any:
         return {split: _beside(file, directory) for split, file in files.items()}
     if isinstance(files, list):
         return [_beside(file, directory) for file in files]
+    if not isinstance(files, str):
+        raise TypeError(f"{files!r} is no file name")
     return files if "://" in files else str(directory / files)
 
 
@@ -107,7 +142,8 @@ def build_tasks(specs: list[str | dict[str, Any]], include_path: str | None) -> 
             name = spec if isinstance(spec, str) else spec.get("task")
             if isinstance(spec, str) and spec not in manager.all_tasks:
                 raise UserError(f"--tasks {name}: not a task of lm-eval, nor a YAML file") from error
-            raise UserError(f"--tasks {name}: {' '.join(str(error).split())}") from error
+            said = " ".join(str(error).split()) or f"{type(error).__name__} (is a data file empty?)"
+            raise UserError(f"--tasks {name}: {said}") from error
         groups = loaded["groups"]
         built += [groups[spec]] if isinstance(spec, str) and spec in groups else list(loaded["tasks"].values())
     return manager, built
@@ -117,12 +153,30 @@ def select_tasks(built: list[Any], flags: argparse.Namespace) -> tuple[list[Any]
     """Those that ``--only-generate`` or ``--only-nll`` leave, and the names of the others."""
     if not (flags.only_generate or flags.only_nll):
         return built, []
-    leaves = [task for item in built for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
+    leaves = _leaves(built)
     wanted = ("generate_until", "loglikelihood") if flags.only_generate else (
         "loglikelihood", "multiple_choice", "loglikelihood_rolling"
     )
     kept = [task for task in leaves if task.OUTPUT_TYPE in wanted]
     return kept, [task.task_name for task in leaves if task.OUTPUT_TYPE not in wanted]
+
+
+def _leaves(built: list[Any]) -> list[Any]:
+    return [task for item in built for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
+
+
+def check_fewshot(built: list[Any], num_fewshot: int | None) -> None:
+    """Refuse more examples than a task has, by the rules of lm-eval: a task that says 0 is left at that."""
+    for task in _leaves(built):
+        own, pool = task.get_config("num_fewshot"), getattr(getattr(task, "sampler", None), "df", None)
+        wanted = own if own == 0 or num_fewshot is None else num_fewshot
+        if not wanted or pool is None:
+            continue
+        # Where they are of one split, it draws one more, in case the question is among them.
+        most = len(pool) - (task.fewshot_cfg.split == task.config.test_split)
+        if wanted > most:
+            flag = "" if num_fewshot is None else "--num-fewshot: "
+            raise UserError(f"{flag}task {task.task_name} has {most} examples at most, not {wanted}")
 
 
 def drop_metrics(results: dict[str, Any], built: list[Any], flags: argparse.Namespace) -> None:
@@ -144,6 +198,7 @@ def evaluate(flags: argparse.Namespace, topology: Topology) -> dict[str, Any] | 
     """Evaluate; returns lm-eval's results with a key ``megatron`` of ours, None on every rank but the first."""
     import lm_eval
 
+    check_flags(flags)
     estimation = Estimation(
         method=flags.eval_method, num_mc=flags.num_mc, estimator=flags.mc_estimator, tolerance=flags.mc_tolerance,
         max_mc=max(flags.max_mc, flags.num_mc), order=flags.chain_order, log_probs=not flags.only_generate,
@@ -157,6 +212,7 @@ def evaluate(flags: argparse.Namespace, topology: Topology) -> dict[str, Any] | 
         tasks, dropped = select_tasks(built, flags)
         if not tasks:
             raise UserError(f"--tasks {','.join(flags.tasks)}: --only-generate or --only-nll leaves none of them")
+        check_fewshot(tasks, flags.num_fewshot)
         model = build_model(flags, topology, estimation)
     loaded = model.loaded
     start = time.perf_counter()

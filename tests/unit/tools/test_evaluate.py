@@ -207,7 +207,13 @@ def test_wrong_input_ends_with_one_line(
     monkeypatch.setattr(tasks, "TaskManager", lambda **settings: index)
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}\n")
+    data = "dataset_path: json\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: q\n"
+    (tmp_path / "empty.jsonl").touch()
+    for name, files in (("text", "abc"), ("number", "{data_files: {test: 3}}"), ("empty", "{data_files: empty.jsonl}")):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{data}dataset_kwargs: {files}\n")
     ar = str(checkpoint("ar"))
+    few = ["--load", ar, "--tasks", str(TASKS / "opposites.yaml"), "--num-fewshot"]
+    out = "is out of range: it must be >="
     for flags, message in (
         (["--load", ar, "--tasks", "no_such_task"], "--tasks no_such_task: not a task"),
         (["--load", ar, "--tasks", str(tmp_path / "none.yaml")], "no such file"),
@@ -217,10 +223,40 @@ def test_wrong_input_ends_with_one_line(
         (["--load", ar, "--tasks", str(TASKS / "opposites.yaml"), "--only-generate"], "none of them"),
         (["--load", ar, "--tasks", ALL, "--gen-tokens-per-step", "0"], "tokens_per_step"),
         (["--load", ar, "--tasks", ALL, "--gen-guidance", "nan"], "guidance nan is not a finite number"),
+        (["--load", ar, "--tasks", str(tmp_path / "text.yaml")], "text.yaml: dataset_kwargs: 'abc' is no mapping"),
+        (["--load", ar, "--tasks", str(tmp_path / "number.yaml")], "number.yaml: data_files: 3 is no file name"),
+        (["--load", ar, "--tasks", str(tmp_path / "empty.yaml")], "empty: StopIteration (is a data file empty?)"),
+        (["--load", ar, "--tasks", ALL, "--include-path", "none"], "--include-path none: no such directory"),
+        (["--load", ar, "--tasks", ALL, "--limit", "0"], f"--limit 0 {out} 1"),
+        (["--load", ar, "--tasks", ALL, "--seed", "-1"], f"--seed -1 {out} 0 and <= 4294967295"),
+        (["--load", ar, "--tasks", ALL, "--seed", "4294967296"], f"--seed 4294967296 {out} 0 and <= 4294967295"),
+        (["--load", ar, "--tasks", ALL, "--batch-tokens", "0"], f"--batch-tokens 0 {out} 1"),
+        (["--load", ar, "--tasks", ALL, "--bootstrap-iters", "-1"], f"--bootstrap-iters -1 {out} 0"),
+        (["--load", ar, "--tasks", ALL, "--max-mc", "-1"], f"--max-mc -1 {out} 1"),
+        (["--load", ar, "--tasks", ALL, "--mc-tolerance", "inf"], "--mc-tolerance inf is not a finite number"),
+        ([*few, "-1"], f"--num-fewshot -1 {out} 0"),
+        ([*few, "9"], "--num-fewshot: task opposites has 8 examples at most, not 9"),
     ):
         assert main([*flags, "--quiet"]) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(("split", "most"), [("", 8), ("fewshot_split: test", 7)])
+def test_as_many_examples_as_the_documents_give(
+    checkpoint: Callable[[str], Path], tmp_path: Path, split: str, most: int
+) -> None:
+    """Of the questions' own split lm-eval draws one more, in case the question is among them."""
+    from tools.evaluate import main
+
+    task = tmp_path / "task.yaml"
+    text = (TASKS / "opposites.yaml").read_text().replace("opposites.jsonl", str(TASKS / "opposites.jsonl"))
+    task.write_text(f"{text}{split}\n")
+    flags = ["--load", str(checkpoint("ar")), "--tasks", str(task), "--limit", "2", "--quiet", "--num-fewshot"]
+    assert main([*flags, str(most)]) == 0
+    assert main([*flags, str(most + 1)]) == 2
+    task.write_text(f"{text}{split}\nnum_fewshot: 0\n")
+    assert main([*flags, str(most + 1)]) == 0, "lm-eval leaves such a task at 0"
 
 
 OUTPUTS = [
