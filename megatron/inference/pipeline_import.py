@@ -5,10 +5,15 @@ the final norm; an untied model has its output matrix behind it. Rows of ``query
 ``dense_h_to_4h`` are [gate; up], on every tensor-parallel rank of its own heads and features; ``dense`` and
 ``dense_4h_to_h`` are split by columns, the embedding by rows. Everything but the number of heads follows from the
 shapes.
+
+Layers without weights have no file: none behind the embedding and none before the final norm, or one in both places
+(the transposes of older versions). Any other gap in the numbers is a file that is missing.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,8 +71,14 @@ def import_pipeline_checkpoint(directory: Path, options: ImportOptions) -> Impor
     Raises:
         UserError: files are missing, mixed, of an unknown form, or hold more than tensors.
     """
-    layers = read_layers(directory)
-    embedding, blocks, tail = _by_role(layers, directory)
+    directory = _resolve(directory)
+    embedding, blocks, tail = _by_role(read_layers(directory), directory)
+    recorded = _recorded_layers(directory)
+    if recorded not in (None, len(blocks)):
+        raise UserError(
+            f"--input {directory}: has {len(blocks)} transformer layers, but the arguments of the run that saved it "
+            f"say --num-layers {recorded}: layer files are missing, or of another run"
+        )
     words = _rows(embedding, "word_embeddings.weight")  # [V, h]
     positions = embedding[0].get("position_embeddings.weight")
     config = _infer(words, positions, blocks[0], len(blocks), len(tail) > 1, options)
@@ -85,13 +96,15 @@ def import_pipeline_checkpoint(directory: Path, options: ImportOptions) -> Impor
     return ImportedModel({name: value.float() for name, value in weights.items()}, config, vocabulary)
 
 
-def read_layers(directory: Path) -> list[Layer]:
-    """The layers in order, each with the tensors of all its tensor-parallel ranks.
-
-    ``directory`` holds the files, or a ``latest`` file that names the directory which does.
-    """
+def _resolve(directory: Path) -> Path:
+    """``directory`` if it holds layer files, else the one that its ``latest`` file names."""
     if not any(directory.glob("layer_*")) and (latest := read_text(directory / "latest")) is not None:
-        directory = directory / latest.strip()
+        return directory / latest.strip()
+    return directory
+
+
+def read_layers(directory: Path) -> dict[int, Layer]:
+    """The layers by number, in order, each with the tensors of all its tensor-parallel ranks."""
     files: dict[int, dict[int, Path]] = {}
     for path in sorted(directory.glob("layer_*.pt")):
         match = _FILE.fullmatch(path.name)
@@ -103,9 +116,27 @@ def read_layers(directory: Path) -> list[Layer]:
     for index, found in files.items():
         missing = set(range(ranks)) - found.keys()
         if missing:
-            name = f"layer_{index:02d}-model_{min(missing):02d}-model_states.pt"
+            name = _file_name(index, min(missing))
             raise UserError(f"--input {directory}: {name} is missing ({ranks} tensor-parallel ranks)")
-    return [[_tensors(found[rank]) for rank in range(ranks)] for _, found in sorted(files.items())]
+    return {index: [_tensors(found[rank]) for rank in range(ranks)] for index, found in sorted(files.items())}
+
+
+def _file_name(index: int, rank: int) -> str:
+    return f"layer_{index:02d}-model_{rank:02d}-model_states.pt"
+
+
+def _recorded_layers(directory: Path) -> int | None:
+    """``--num-layers`` of the run that saved the files, None where nothing readable says it."""
+    path = directory / "mp_rank_00_model_states.pt"
+    if not path.is_file():
+        return None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a record of attributes, which runs nothing
+            state = load_file(path)
+    except UserError:  # arguments that hold objects of that program
+        return None
+    found = getattr(state.get("args") if isinstance(state, Mapping) else None, "num_layers", None)
+    return found if isinstance(found, int) else None
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -118,10 +149,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _by_role(layers: Sequence[Layer], directory: Path) -> tuple[Layer, list[Layer], list[Layer]]:
+def _by_role(layers: Mapping[int, Layer], directory: Path) -> tuple[Layer, list[Layer], list[Layer]]:
     """Embedding, blocks, and the final norm with the output matrix if there is one; told by their tensors."""
     where = f"--input {directory}:"
-    filled = [layer for layer in layers if layer[0]]
+    numbers = [number for number, layer in layers.items() if layer[0]]
+    filled = [layers[number] for number in numbers]
     is_block = ["mlp.dense_4h_to_h.weight" in layer[0] for layer in filled]
     count = sum(is_block)
     if not filled or "word_embeddings.weight" not in filled[0][0]:
@@ -133,6 +165,9 @@ def _by_role(layers: Sequence[Layer], directory: Path) -> tuple[Layer, list[Laye
         raise UserError(f"{where} {count} transformer layers, then no final norm (a file missing or too many?)")
     if next(iter(tail[0][0].values())).dim() != 1 or (len(tail) == 2 and len(tail[1][0]) != 1):
         raise UserError(f"{where} the layers after the transformer are not a final norm and an output matrix")
+    absent = _absent(numbers, count)
+    if absent is not None:
+        raise UserError(f"{where} {_file_name(absent, 0)} is missing, or empty: found layers {_ranges(numbers)}")
     shapes = {
         tuple((name, value.shape) for name, value in sorted(rank.items()))
         for block in filled[1 : 1 + count] for rank in block
@@ -140,6 +175,24 @@ def _by_role(layers: Sequence[Layer], directory: Path) -> tuple[Layer, list[Laye
     if len(shapes) != 1:
         raise UserError(f"{where} transformer layers differ in shape: files of several checkpoints are mixed")
     return filled[0], filled[1 : 1 + count], tail
+
+
+def _absent(numbers: Sequence[int], blocks: int) -> int | None:
+    """The first number that must have a file and has none; ``numbers`` are the embedding's, ``blocks``, the tail's."""
+    before, after = numbers[1] - numbers[0] - 1, numbers[blocks + 1] - numbers[blocks] - 1
+    gap = 1 if before and after else 0  # layers without weights there
+    allowed = {0: gap, blocks: gap}
+    for index, (number, following) in enumerate(itertools.pairwise(numbers)):
+        if following - number - 1 > allowed.get(index, 0):
+            return number + 1 + (gap if index == 0 else 0)
+    return None
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``1, 3-5``."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _infer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable
@@ -254,7 +255,7 @@ def write_pipeline(directory: Path, weights: dict[str, torch.Tensor], config: Mo
             layers.setdefault(int(index), {})[name.replace("final_layernorm.", "")] = cut(value, rank).clone()
         for index, state in layers.items():
             torch.save(state, directory / f"layer_{index + 1:02d}-model_{rank:02d}-model_states.pt")
-        torch.save({"args": os.getcwd}, directory / f"mp_rank_{rank:02d}_model_states.pt")  # never opened
+        torch.save({"args": os.getcwd}, directory / f"mp_rank_{rank:02d}_model_states.pt")  # never called
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -332,6 +333,58 @@ def test_wrong_or_mixed_files_end_with_one_line(tmp_path: Path, capsys: pytest.C
     assert "found 0" in import_error(capsys, "--objective", "ar", *flags)
     assert "has no layer_XX" in import_error(capsys, "--objective", "ar", "--input", tmp_path, "--output", output)
     assert not output.exists()
+
+
+def import_with_numbers(tmp_path: Path, numbers: dict[int, int], recorded: int | None = None) -> int:
+    """Exit code of the import of a model of 3 layers (files 1-5) whose file ``i`` is called ``numbers[i]``."""
+    theirs = tmp_path / f"theirs-{'-'.join(map(str, numbers.values()))}-{recorded}"
+    config = ModelConfig(**LLAMA | {"num_layers": 3})
+    write_pipeline(theirs, random_weights(config, 128), config, 1)
+    files = {index: (theirs / f"layer_{index:02d}-model_00-model_states.pt") for index in range(1, 6)}
+    contents = {index: path.read_bytes() for index, path in files.items()}
+    for path in files.values():
+        path.unlink()
+    for index, number in numbers.items():
+        (theirs / f"layer_{number:02d}-model_00-model_states.pt").write_bytes(contents[index])
+    if recorded is not None:
+        arguments = argparse.Namespace(num_layers=recorded, params_dtype=torch.bfloat16)
+        torch.save({"args": arguments}, theirs / "mp_rank_00_model_states.pt")
+    return main(["from-megatron-deepspeed", "--objective", "ar", "--num-attention-heads", "4", "--input", str(theirs),
+                 "--output", str(theirs.with_suffix(".ours"))])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "missing"),
+    [
+        ({1: 1, 3: 3, 4: 4, 5: 5}, 2),
+        ({1: 1, 2: 2, 4: 4, 5: 5}, 3),
+        ({1: 1, 2: 2, 3: 3, 5: 5}, 4),
+        ({1: 1, 3: 4, 4: 5, 5: 7}, 3),  # with layers that have no weights at 2 and 6
+        ({1: 1, 2: 3, 4: 5, 5: 7}, 4),
+        ({1: 1, 2: 3, 3: 4, 5: 7}, 5),
+    ],
+)
+def test_a_missing_layer_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], numbers: dict[int, int], missing: int
+) -> None:
+    assert import_with_numbers(tmp_path, numbers) == 2
+    error = capsys.readouterr().err
+    assert f"layer_{missing:02d}-model_00-model_states.pt is missing" in error and error.count("\n") == 1
+
+
+def test_layers_without_weights_and_the_recorded_number_of_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = {1: 1, 2: 3, 3: 4, 4: 5, 5: 7}
+    assert import_with_numbers(tmp_path, everything) == 0
+    assert import_with_numbers(tmp_path, everything, recorded=3) == 0
+    assert import_with_numbers(tmp_path, everything, recorded=4) == 2
+    assert "has 3 transformer layers, but the arguments of the run that saved it say --num-layers 4" in (
+        capsys.readouterr().err
+    )
+    # The first and the last of three: the numbers alone look complete.
+    assert import_with_numbers(tmp_path, {1: 1, 3: 3, 5: 5}, recorded=3) == 2
+    assert "has 1 transformer layers" in capsys.readouterr().err
 
 
 def test_other_hugging_face_models_are_refused(
