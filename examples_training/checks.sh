@@ -66,15 +66,38 @@ check_batch() {
         stop_with "GLOBAL_BATCH_SIZE=$GLOBAL_BATCH_SIZE is no multiple of MICRO_BATCH_SIZE=$MICRO_BATCH_SIZE x $copies data-parallel processes"
 }
 
-# apply_overrides NAME=VALUE...: arguments of the script win over what stands in it.
+# The variables of SETTINGS that the environment holds, before the script sets its own.
+remember_environment() {
+    local name
+    declare -gA GIVEN=()
+    for name in $SETTINGS; do [[ -z ${!name+set} ]] || GIVEN[$name]=${!name}; done
+}
+
+# apply_overrides NAME=VALUE...: arguments of the script win over what stands in it. What stands in it would win over the
+# environment, so there a value that differs is refused.
 apply_overrides() {
-    local argument name
+    local argument name value remedy
     for argument in "$@"; do
         name=${argument%%=*}
         [[ $argument == *=* ]] || stop_with "'$argument' is not NAME=VALUE: flags of the entry point go into EXTRA_ARGS"
         [[ $SETTINGS == *[[:space:]]"$name"[[:space:]]* ]] || stop_with "$name is no variable of the scripts: examples_training/README.md lists them"
-        unset "$name"
+        unset "$name" "GIVEN[$name]"
         printf -v "$name" %s "${argument#*=}"
+    done
+    for name in "${!GIVEN[@]}"; do
+        value="${name}[*]" remedy="give it as an argument"
+        [[ $name != EXTRA_ARGS ]] || remedy="add to it there" # an argument would drop the script's own
+        [[ ${!value} == "${GIVEN[$name]}" ]] ||
+            stop_with "$name=${GIVEN[$name]} in the environment has no effect, the script sets $(assigned "$name"): $remedy"
+    done
+}
+
+# refuse_unread WHY NAME...: variables that are the scripts', but that this one does not read.
+refuse_unread() {
+    local why=$1 name
+    shift
+    for name in "$@"; do
+        [[ -z ${!name+set} ]] || stop_with "$name has no effect in ${BASH_SOURCE[-1]}, $why"
     done
 }
 

@@ -1,9 +1,10 @@
 # shellcheck shell=bash
 # Library of the downstream scripts: lm-eval tasks on the checkpoints of a training run, on every GPU of this machine.
-# Every variable can be set in the script, in the environment, or as an argument NAME=VALUE.
+# Every variable can be set in the script, in the environment, or as an argument NAME=VALUE (lib.sh says which wins).
 
 source examples_training/lib.sh
 SETTINGS=" LOAD LOAD_TAG TASKS MODE NUM_MC MC_TOLERANCE NUM_FEWSHOT LIMIT RESULTS NUM_GPUS EXTRA_ARGS SMOKE DRY_RUN "
+remember_environment
 
 # downstream FAMILY [NAME=VALUE...]
 downstream() {
@@ -11,6 +12,7 @@ downstream() {
     shift
     apply_overrides "$@"
     require_switches SMOKE DRY_RUN
+    [[ $family != arm ]] || refuse_unread "whose likelihoods are exact" NUM_MC MC_TOLERANCE
     if [[ ${SMOKE:-0} == 1 ]]; then
         source examples_training/smoke.sh
         shrink_downstream "$family"

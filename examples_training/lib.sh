@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Library of the experiment scripts. A script sources it from the repository root, sets the variables of its experiment and
 # calls pretrain_epochs or pretrain_budget. Every variable below can be set in the script, in the environment, or as an
-# argument: `bash examples_training/mdm/example_training.sh EPOCH_CNT=50 SEED=1`.
+# argument: `bash examples_training/mdm/example_training.sh EPOCH_CNT=50 SEED=1`. Arguments win over the script; where the
+# script sets a variable itself, the environment must not hold another value.
 
 set -eo pipefail
 source utils/model_params.sh
@@ -62,11 +63,13 @@ SETTINGS=" MODEL_PARAM FLOPS_FACTOR DATA_CNT EPOCH_CNT EXTRA_ARGS PRECISION NUM_
  ATTENTION_DROPOUT CHECKPOINT_ACTIVATIONS AR_RATIO RANDMASK_RATIO NUM_ORDER_LIST USE_PREDEFINED_ORDER TRAIN_DATA_PATH VALID_DATA_PATH
  UNIQUE_TOKENS VOCAB_FILE MERGE_FILE LOG_INTERVAL EVAL_INTERVAL EVAL_ITERS SAVE_INTERVAL OUTPUT_DIR WANDB_PROJECT WANDB_GROUP TP_SIZE
  PP_SIZE ZERO_STAGE CPU_OFFLOAD SMOKE DRY_RUN "
+remember_environment
 
 # pretrain_epochs FAMILY EXPERIMENT [NAME=VALUE...]: EPOCH_CNT epochs over DATA_CNT unique tokens; samples and warm-up are
 # rounded down.
 pretrain_epochs() {
     begin_run "$@"
+    refuse_unread "which takes DATA_CNT and EPOCH_CNT" FLOPS_FACTOR
     look_up_tokens DATA_CNT
     require_whole DATA_CNT EPOCH_CNT
     TRAIN_SAMPLES=$((DATA_CNT * EPOCH_CNT / SEQ_LEN))
@@ -78,6 +81,7 @@ pretrain_epochs() {
 # rounded to the nearest, with a warm-up of at least 100 samples.
 pretrain_budget() {
     begin_run "$@"
+    refuse_unread "which takes FLOPS_FACTOR and runs one epoch" DATA_CNT EPOCH_CNT
     require FLOPS_FACTOR
     [[ $FLOPS_FACTOR =~ ^[0-9]+(\.[0-9]+)?$ && $FLOPS_FACTOR =~ [1-9] ]] ||
         stop_with "FLOPS_FACTOR must be a number above 0 (in units of 1e18 FLOPs), not '$FLOPS_FACTOR'"

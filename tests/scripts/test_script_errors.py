@@ -55,6 +55,51 @@ def test_a_switch_is_0_or_1(path: str, name: str, value: str, sandbox: Any) -> N
     assert not (sandbox.path / "ds_configs").exists() and not (sandbox.path / "output").exists()
 
 
+UNREAD = {
+    ("mdm/example_chinchilla", "DATA_CNT=100M"): "which takes FLOPS_FACTOR and runs one epoch",
+    ("arm/example_lr_exploration", "EPOCH_CNT=7"): "which takes FLOPS_FACTOR and runs one epoch",
+    ("mdm/example_training", "FLOPS_FACTOR=5"): "which takes DATA_CNT and EPOCH_CNT",
+    ("arm/example_downstream", "NUM_MC=8"): "whose likelihoods are exact",
+    ("arm/example_downstream", "MC_TOLERANCE=1"): "whose likelihoods are exact",
+}
+
+
+@pytest.mark.parametrize(("given", "why"), UNREAD.items())
+def test_a_variable_that_the_script_does_not_read(given: tuple[str, str], why: str, sandbox: Any) -> None:
+    file = f"examples_training/{given[0]}.sh"
+    name, value = given[1].split("=")
+    message = f"error: {name} has no effect in {file}, {why}\n"
+    _assert_one_line(sandbox.bash(file, given[1], DRY_RUN="1"), message)
+    _assert_one_line(sandbox.bash(file, DRY_RUN="1", **{name: value}), message)
+
+
+SET_BY_THE_SCRIPT = {
+    ("arm/example_training", "MODEL_PARAM", "140M"): 'MODEL_PARAM=("${PARAM_425M[@]}")',
+    ("arm/example_chinchilla", "FLOPS_FACTOR", "30"): "FLOPS_FACTOR=10",
+    ("mdm/example_data_value", "UNIQUE_TOKENS", ""): 'UNIQUE_TOKENS="$DATA_CNT"',
+    ("arm/example_evaluation", "EXTRA_ARGS", "--bf16"): 'EXTRA_ARGS=(--skip-train --eval-windows "$EVAL_WINDOWS")',
+}
+
+
+@pytest.mark.parametrize(("given", "line"), SET_BY_THE_SCRIPT.items())
+def test_the_environment_does_not_change_what_the_script_sets(
+    given: tuple[str, str, str], line: str, sandbox: Any
+) -> None:
+    script, name, value = given
+    remedy = "add to it there" if name == "EXTRA_ARGS" else "give it as an argument"
+    result = sandbox.bash(f"examples_training/{script}.sh", DRY_RUN="1", **{name: value})
+    _assert_one_line(
+        result, f"error: {name}={value} in the environment has no effect, the script sets {line}: {remedy}\n"
+    )
+
+
+def test_an_argument_wins_over_the_environment(sandbox: Any) -> None:
+    run = sandbox.dry_run("arm/example_chinchilla", "FLOPS_FACTOR=6", FLOPS_FACTOR="30")
+    assert run.arguments == sandbox.dry_run("arm/example_chinchilla", "FLOPS_FACTOR=6").arguments
+    same = sandbox.dry_run("arm/example_chinchilla", FLOPS_FACTOR="10")
+    assert same.arguments == sandbox.dry_run("arm/example_chinchilla").arguments
+
+
 EDITED = {
     ("MODEL_PARAM", '("${PARAM_426M[@]}")'): 'MODEL_PARAM=("${PARAM_426M[@]}") names no row of utils/model_params.sh',
     ("MODEL_PARAM", "(1280 5120 128 10)"): "must be five whole numbers (d_model ffw kv heads layers), not '1280 5120",
