@@ -9,6 +9,7 @@ Nothing here imports transformers: a model directory is JSON and safetensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -36,6 +37,9 @@ _LLAMA_PLAIN: Final = {
     "input_layernorm": "input_layernorm",
     "post_attention_layernorm": "post_attention_layernorm",
 }
+
+_BUFFER: Final = re.compile(r"rotary_emb\.inv_freq$|\bh\.\d+\.attn\.(masked_)?bias$")
+"""Values that older versions stored with the parameters."""
 
 
 @dataclass(frozen=True)
@@ -235,18 +239,20 @@ def from_hugging_face(theirs: HuggingFaceModel, divisible_by: int) -> OurModel:
         UserError: another type, or an option of it that our model does not have.
     """
     kind = theirs.config.get("model_type")
+    unused = dict(theirs.weights)
     try:
         if kind == "llama":
-            config, weights = _from_llama_config(theirs.config, divisible_by), theirs.weights
-            ours = _from_llama(weights, config)
+            config = _from_llama_config(theirs.config, divisible_by)
+            ours = _from_llama(unused, config)
         elif kind == "gpt2":
             config = _from_gpt2_config(theirs.config, divisible_by)
-            ours = _from_gpt2(theirs.weights, config)
+            ours = _from_gpt2(unused, config)
         elif kind == MASKED_DIFFUSION:
             config = _from_diffusion_config(theirs.config, divisible_by)
-            ours = dict(theirs.weights)
+            ours, unused = unused, {}
         else:
             raise UserError(f"model_type {kind!r} is none of {', '.join(MODEL_TYPES)}: such a model has no form here")
+        _check_unused(unused, ours[EMBEDDING], config)
         objective = "mdm" if kind == MASKED_DIFFUSION else "ar"
         tokens = int(theirs.config["mask_token_id"] if objective == "mdm" else theirs.config["vocab_size"])
         vocabulary = build_vocabulary(tokens, divisible_by)
@@ -310,36 +316,52 @@ def _from_diffusion_config(config: Mapping[str, Any], divisible_by: int) -> Mode
     )
 
 
-def _from_llama(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def _check_unused(unused: Mapping[str, Tensor], embedding: Tensor, config: ModelConfig) -> None:
+    """Refuse tensors that no parameter is made of, but for buffers and a copy of the tied embedding."""
+    names = sorted(name for name in unused if _BUFFER.search(name) is None)
+    if not config.untie_embeddings_and_output_weights and "lm_head.weight" in names:
+        if not torch.equal(unused["lm_head.weight"], embedding):
+            raise UserError("config.json ties lm_head.weight to the embedding, but the weights hold another matrix")
+        names.remove("lm_head.weight")
+    if names:
+        raise UserError(
+            f"the weights hold {names[0]}, which the model of config.json lacks ({len(names)} such tensors): they do "
+            "not belong together"
+        )
+
+
+def _from_llama(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Takes what it uses out of ``theirs``."""
     ours = {
-        EMBEDDING: theirs["model.embed_tokens.weight"],
-        f"layers.{config.num_layers + 1}.final_layernorm.weight": theirs["model.norm.weight"],
+        EMBEDDING: theirs.pop("model.embed_tokens.weight"),
+        f"layers.{config.num_layers + 1}.final_layernorm.weight": theirs.pop("model.norm.weight"),
     }
     if config.untie_embeddings_and_output_weights:
-        ours[f"layers.{config.num_layers + 2}.weight"] = theirs["lm_head.weight"]
+        ours[f"layers.{config.num_layers + 2}.weight"] = theirs.pop("lm_head.weight")
     for i in range(config.num_layers):
         layer, block = f"model.layers.{i}.", f"layers.{i + 1}."
         for part in ("weight",) if config.disable_bias_linear else ("weight", "bias"):
-            qkv = [theirs[f"{layer}self_attn.{x}_proj.{part}"] for x in "qkv"]
-            gate_up = [theirs[f"{layer}mlp.{x}_proj.{part}"] for x in ("gate", "up")]
+            qkv = [theirs.pop(f"{layer}self_attn.{x}_proj.{part}") for x in "qkv"]
+            gate_up = [theirs.pop(f"{layer}mlp.{x}_proj.{part}") for x in ("gate", "up")]
             ours[f"{block}self_attention.query_key_value.{part}"] = torch.cat(qkv)
             ours[f"{block}mlp.dense_h_to_4h.{part}"] = torch.cat(gate_up)
             for old, new in _LLAMA_PLAIN.items():
                 if part == "weight" or "norm" not in new:
-                    ours[f"{block}{new}.{part}"] = theirs[f"{layer}{old}.{part}"]
+                    ours[f"{block}{new}.{part}"] = theirs.pop(f"{layer}{old}.{part}")
     return ours
 
 
-def _from_gpt2(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def _from_gpt2(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Takes what it uses out of ``theirs``."""
     prefix = "transformer." if "transformer.wte.weight" in theirs else ""  # the first published files have none
     ours = {
-        EMBEDDING: theirs[f"{prefix}wte.weight"],
-        "layers.0.position_embeddings.weight": theirs[f"{prefix}wpe.weight"],
+        EMBEDDING: theirs.pop(f"{prefix}wte.weight"),
+        "layers.0.position_embeddings.weight": theirs.pop(f"{prefix}wpe.weight"),
     }
     if config.untie_embeddings_and_output_weights:
-        ours[f"layers.{config.num_layers + 2}.weight"] = theirs["lm_head.weight"]
+        ours[f"layers.{config.num_layers + 2}.weight"] = theirs.pop("lm_head.weight")
     for old, new in _gpt2_names(config):
-        ours[new] = _transposed(theirs[f"{prefix}{old}"])
+        ours[new] = _transposed(theirs.pop(f"{prefix}{old}"))
     return ours
 
 

@@ -82,7 +82,7 @@ def import_pipeline_checkpoint(directory: Path, options: ImportOptions) -> Impor
     words = _rows(embedding, "word_embeddings.weight")  # [V, h]
     positions = embedding[0].get("position_embeddings.weight")
     config = _infer(words, positions, blocks[0], len(blocks), len(tail) > 1, options)
-    vocabulary = _vocabulary(len(words), options)
+    vocabulary = _vocabulary(len(words), len(embedding), options)
     weights = {"layers.0.word_embeddings.weight": _resize(words, vocabulary.padded_size)}
     if positions is not None:
         weights["layers.0.position_embeddings.weight"] = _same(embedding, "position_embeddings.weight")
@@ -226,14 +226,24 @@ def _infer(
     )
 
 
-def _vocabulary(rows: int, options: ImportOptions) -> Vocabulary:
-    """Without --vocab-size every row of an AR model is a token, as in the program that trained it."""
+def _vocabulary(rows: int, ranks: int, options: ImportOptions) -> Vocabulary:
+    """Without --vocab-size every row of an AR model is a token, as in the program that trained it.
+
+    That program pads to a multiple of 128 (or what --make-vocab-size-divisible-by says) on each of ``ranks``.
+    """
     if options.vocab_size is None and options.objective == "mdm":
         raise UserError("--objective mdm needs --vocab-size (or a tokenizer): the mask id follows the tokens")
     tokens = rows if options.vocab_size is None else options.vocab_size
     needed = tokens + (options.objective == "mdm")
     if needed > rows:
         raise UserError(f"--vocab-size {tokens} needs {needed} rows of the embedding, but the checkpoint has {rows}")
+    padding = max(128, options.make_vocab_size_divisible_by) * ranks
+    if rows - tokens > padding:
+        raise UserError(
+            f"--vocab-size {tokens} (or the tokenizer) leaves out {rows - tokens} rows of the embedding, of {rows}: "
+            f"more than the {padding} that padding can add (128, or --make-vocab-size-divisible-by, for each of {ranks} "
+            "tensor-parallel ranks)"
+        )
     return build_vocabulary(tokens, options.make_vocab_size_divisible_by)
 
 

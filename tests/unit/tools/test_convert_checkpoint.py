@@ -165,6 +165,9 @@ def test_models_in_several_files_and_with_gpt2s_first_names_come_in(
     ours, theirs = make_checkpoint("ar", **GPT2), tmp_path / "hf"
     convert("to-hf", "--input", ours, "--output", theirs)
     weights = read_safetensors(theirs / "model.safetensors")
+    for index in range(2):  # buffers of older versions
+        weights[f"transformer.h.{index}.attn.bias"] = torch.ones(1, 1, 64, 64)
+        weights[f"transformer.h.{index}.attn.masked_bias"] = torch.tensor(-1e4)
     (theirs / "model.safetensors").unlink()
     places = {}
     for index, name in enumerate(sorted(weights)):
@@ -308,6 +311,23 @@ def import_error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> 
     return error
 
 
+def test_no_more_rows_of_the_vocabulary_are_cut_than_padding_added(
+    tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ModelConfig(**LLAMA)
+    theirs = tmp_path / "theirs"
+    write_pipeline(theirs, random_weights(config, 1024), config, 2)
+    flags = ("--objective", "ar", "--input", theirs, "--output", tmp_path / "ours")
+    tokenizer = ("--tokenizer-type", "HFTokenizer", "--tokenizer-model", byte_tokenizer)
+    assert "--vocab-size 257 (or the tokenizer) leaves out 767 rows of the embedding, of 1024: more than the 256 " in (
+        import_error(capsys, *flags, *tokenizer)
+    )
+    assert "leaves out 257 rows" in import_error(capsys, *flags, "--vocab-size", "767")
+    convert("from-megatron-deepspeed", "--num-attention-heads", 4, *flags, "--vocab-size", 768)
+    convert("from-megatron-deepspeed", "--num-attention-heads", 4, *flags[:-1], tmp_path / "wide", *tokenizer,
+            "--make-vocab-size-divisible-by", 512)
+
+
 def test_wrong_or_mixed_files_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ModelConfig(**LLAMA)
     theirs, output = tmp_path / "theirs", tmp_path / "ours"
@@ -407,6 +427,28 @@ def test_other_hugging_face_models_are_refused(
     assert main(["from-hf", "--input", str(theirs), "--output", str(tmp_path / "back")]) == 2
     assert "pytorch_model.bin is pickled" in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
+
+
+def test_tensors_that_the_configuration_does_not_use_are_refused(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "hf"
+    convert("to-hf", "--input", make_checkpoint("ar", **LLAMA), "--output", theirs)
+    config = json.loads((theirs / "config.json").read_text())
+    weights = read_safetensors(theirs / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    (theirs / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    assert main(["from-hf", "--input", str(theirs), "--output", str(tmp_path / "back")]) == 2
+    assert "hold model.layers.1.input_layernorm.weight, which the model of config.json lacks (9 such tensors)" in (
+        capsys.readouterr().err
+    )
+    (theirs / "config.json").write_text(json.dumps(config))
+    write_safetensors(theirs / "model.safetensors", weights | {"lm_head.weight": embedding + 1})
+    assert main(["from-hf", "--input", str(theirs), "--output", str(tmp_path / "back")]) == 2
+    assert "config.json ties lm_head.weight to the embedding" in capsys.readouterr().err
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": embedding}
+    write_safetensors(theirs / "model.safetensors", weights | buffers)
+    convert("from-hf", "--input", theirs, "--output", tmp_path / "back")
 
 
 def test_output_is_never_overwritten(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
