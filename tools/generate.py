@@ -90,7 +90,7 @@ def masked_diffusion(loaded: LoadedModel, prompts: Sequence[str], flags: argpars
     )
     rows, starts = [], []
     for prompt in prompts:
-        row = encode_with_holes(prompt, tokenizer, mask_id)
+        row = encode_with_holes(prompt, tokenizer, mask_id, loaded.seq_length)
         starts.append(len(row))
         if mask_id not in row:
             # As in training, a text begins after the end of another.
@@ -124,12 +124,33 @@ def _text(row: list[int], start: int, tokenizer: Tokenizer) -> str:
 def read_prompts(flags: argparse.Namespace) -> list[str]:
     """``--prompt``, else the lines of ``--prompt-file`` or of standard input; each ``--num-samples`` times."""
     prompts: list[str] = flags.prompt or []
+    if prompts and flags.prompt_file is not None:
+        raise UserError("--prompt-file is not read where --prompt is given: drop one of them")
     if not prompts:
-        lines = sys.stdin if flags.prompt_file is None else Path(flags.prompt_file).read_text("utf-8").splitlines()
+        lines = _standard_input() if flags.prompt_file is None else _lines(flags.prompt_file)
         prompts = [line.rstrip("\n") for line in lines if line.strip()]
     if not prompts:
         raise UserError("no prompt: give --prompt, --prompt-file or lines on standard input")
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python reads bytes that are none
+            raise UserError(f"{'--prompt' if flags.prompt else 'standard input'}: {prompt!a} is not UTF-8")
     return [prompt for prompt in prompts for _ in range(flags.num_samples)]
+
+
+def _lines(name: str) -> list[str]:
+    data = Path(name).read_bytes()
+    try:
+        return data.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"--prompt-file {name}: line {line} is not UTF-8") from error
+
+
+def _standard_input() -> list[str]:
+    try:
+        return list(sys.stdin)
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not UTF-8") from error
 
 
 def refuse_other_family(loaded: LoadedModel, flags: argparse.Namespace) -> None:
@@ -144,6 +165,8 @@ def generate(flags: argparse.Namespace) -> None:
     """Load, generate, print."""
     if flags.max_new_tokens < 1 or flags.num_samples < 1:
         raise UserError("--max-new-tokens and --num-samples start at 1")
+    if not -(2**63) <= flags.seed < 2**64:  # what torch takes
+        raise UserError(f"--seed {flags.seed} is out of range: it must be >= {-(2**63)} and < {2**64}")
     prompts = read_prompts(flags)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[flags.dtype or ("bf16" if device.type == "cuda" else "fp32")]

@@ -114,6 +114,14 @@ def test_holes(tokenizer: Tokenizer) -> None:
         ("mdm", ["--prompt", "a", "--guidance", "-1"], "guidance -1.0 is not a finite number"),
         ("ar", ["--prompt", "a", "--num-samples", "0"], "--num-samples"),
         ("ar", ["--prompt-file", "none.txt"], "none.txt"),
+        ("ar", ["--prompt", "a", "--prompt-file", "none.txt"], "--prompt-file is not read where --prompt is given"),
+        ("ar", ["--prompt", "a", "--seed", "9" * 23], f"--seed {'9' * 23} is out of range"),
+        ("mdm", ["--prompt", "a", "--seed", str(-(2**63) - 1)], "--seed -9223372036854775809 is out of range"),
+        ("mdm", ["--prompt", "a<|mask:99999999999999999|>"], "<|mask:99999999999999999|>: the tokens up to its end do"),
+        ("mdm", ["--prompt", f"a<|mask:{'9' * 5000}|>"], "9|>: the tokens up to its end do not fit into the 64"),
+        ("mdm", ["--prompt", "a<|mask:40|>b<|mask:40|>"], "<|mask:40|>: the tokens up to its end do not fit"),
+        ("ar", ["--prompt", "a\udcff"], r"--prompt: 'a\udcff' is not UTF-8"),
+        ("mdm", ["--prompt", "a\udcff"], r"--prompt: 'a\udcff' is not UTF-8"),
     ],
 )
 def test_wrong_input_ends_with_one_line(
@@ -122,6 +130,23 @@ def test_wrong_input_ends_with_one_line(
     assert main(["--load", checkpoint(objective), *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["file", "strict input", "lenient input"])
+def test_prompts_that_are_not_utf8(
+    checkpoint: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, source: str,
+) -> None:
+    data = b"one\n\ntwo \xe9\nthree \xe9\n"
+    (file := tmp_path / "prompts.txt").write_bytes(data)
+    errors = "strict" if source == "strict input" else "surrogateescape"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors))
+    assert main(["--load", checkpoint("ar"), *(["--prompt-file", str(file)] if source == "file" else [])]) == 2
+    assert capsys.readouterr().err == {
+        "file": f"error: --prompt-file {file}: line 3 is not UTF-8\n",
+        "strict input": "error: standard input is not UTF-8\n",
+        "lenient input": "error: standard input: 'two \\udce9' is not UTF-8\n",
+    }[source]
 
 
 # ---- on a terminal
