@@ -21,6 +21,7 @@ if __package__ in (None, ""):
 
 from megatron.errors import UserError
 from megatron.metrics import of_training, on_last_windows, read_metrics
+from tools.output_flag import check_output
 
 COLUMNS = (
     "run",
@@ -33,6 +34,7 @@ COLUMNS = (
     "at epoch",
     "last valid loss",
 )
+PICTURES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,18 @@ def format_table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def picture_path(name: str) -> Path:
+    """Where the picture goes.
+
+    Raises:
+        UserError: it is no png, pdf or svg, or cannot be written.
+    """
+    path = check_output(name)
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"--output {name}: end its name in {', '.join(PICTURES)}")
+    return path
+
+
 def plot(runs: list[Run], path: Path) -> None:
     """Draw validation loss against epochs (log axis), the best point of every run marked with its value."""
     import matplotlib
@@ -187,18 +201,23 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]DIRECTORY", help="checkpoint directories of runs")
-    parser.add_argument("--output", type=Path, help="write the picture here (png, pdf or svg)")
+    parser.add_argument("--output", metavar="FILE", help="write the picture here (png, pdf or svg)")
     arguments = parser.parse_args(argv)
     try:
+        picture = None if arguments.output is None else picture_path(arguments.output)
         runs = [load_run(argument) for argument in arguments.runs]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(table(runs)))
     print("\n" + "\n".join(remarks(runs)))
-    if arguments.output:
-        plot(runs, arguments.output)
-        print(f"picture: {arguments.output}")
+    if picture is not None:
+        try:
+            plot(runs, picture)
+        except OSError as error:
+            print(f"error: --output {picture}: cannot be written: {error.strerror or error}", file=sys.stderr)
+            return 2
+        print(f"picture: {picture}")
     return 0
 
 

@@ -54,6 +54,38 @@ def test_one_window_has_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "2.500  " in capsys.readouterr().out and (tmp_path / "picture.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize(("output", "message"), [
+    ("", "--output is empty"), ("deep", "--output deep: is a directory"), ("/proc/x/y.png", "/proc/x/y.png: cannot be"),
+    ("x.foo", "--output x.foo: end its name in .png, .pdf, .svg"), ("x", "--output x: end its name in"),
+    ("run/metrics.jsonl/y.png", "y.png: cannot be written: Not a directory"),
+])  # fmt: skip
+def test_an_impossible_output_is_refused_before_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: str, message: str
+) -> None:
+    path = directory(tmp_path, "run", start(), valid(10, 3.0), valid(20, 2.5))
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main([path, "--output", output]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.startswith("error: --output") and said.err.count("\n") == 1
+    assert said.out == "" and sorted(file.name for file in tmp_path.iterdir()) == ["deep", "run"]
+
+
+def test_a_disk_that_refuses_the_picture_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = directory(tmp_path, "run", start(), valid(10, 3.0), valid(20, 2.5))
+
+    def full(runs: object, picture: Path) -> None:
+        raise OSError(28, "No space left on device", str(picture))
+
+    monkeypatch.setattr("tools.report.plot", full)
+    assert main([path, "--output", str(tmp_path / "a" / "b.PDF")]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"error: --output {tmp_path}/a/b.PDF: cannot be written: No space left on device\n"
+    assert "2.500" in said.out
+
+
 def test_it_says_what_does_not_compare(tmp_path: Path) -> None:
     runs = {
         "a": load_run(directory(tmp_path, "a", start(objective="ar"), valid(10, 3.0))),
