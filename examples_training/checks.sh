@@ -28,7 +28,8 @@ require_whole() {
     local name
     for name in "$@"; do
         require "$name"
-        [[ ${!name} =~ ^[1-9][0-9]{0,17}$ ]] || stop_with "$name must be a whole number above 0, not '${!name}'"
+        [[ ${!name} =~ ^[1-9][0-9]*$ ]] || stop_with "$name must be a whole number above 0, not '${!name}'"
+        require_computable "$name"
     done
 }
 
@@ -36,7 +37,32 @@ require_digits() {
     local name
     for name in "$@"; do
         require "$name"
-        [[ ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]] || stop_with "$name must be a whole number, not '${!name}'"
+        [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || stop_with "$name must be a whole number, not '${!name}'"
+        require_computable "$name"
+    done
+}
+
+# A whole number that bash can also multiply by a small one: its arithmetic overflows without a word at 19 digits.
+require_computable() {
+    [[ ${!1} =~ ^.{1,15}$ ]] || stop_with "$1=${!1} is too large: at most 15 digits"
+}
+
+# require_at_most LIMIT NAME...: after require_whole or require_digits.
+require_at_most() {
+    local limit=$1 name
+    shift
+    for name in "$@"; do
+        ((${!name} <= limit)) || stop_with "$name must be at most $limit, not '${!name}'"
+    done
+}
+
+# A number of 0 or more as Python reads it: 1, 0.5, .5, 2e-4.
+require_number() {
+    local name
+    for name in "$@"; do
+        require "$name"
+        [[ ${!name} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] ||
+            stop_with "$name must be a number of 0 or more, not '${!name}'"
     done
 }
 

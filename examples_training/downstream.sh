@@ -28,6 +28,10 @@ downstream() {
     set -u
     require LOAD TASKS RESULTS
     require_whole NUM_MC
+    require_digits NUM_FEWSHOT
+    [[ -z $LIMIT ]] || require_whole LIMIT
+    [[ -z $MC_TOLERANCE ]] || require_number MC_TOLERANCE
+    [[ -z ${NUM_GPUS:-} ]] || require_digits NUM_GPUS
     ARGS=(tools/evaluate.py --load "$LOAD" --tasks "$TASKS" --num-fewshot "$NUM_FEWSHOT" --output "$RESULTS")
     case $family-$MODE in
         *-auto) ;;                                                    # likelihoods, and greedy answers where they count

@@ -124,9 +124,12 @@ forward() {
 
 # start_node ENTRY_POINT ARGUMENTS...: this node's processes, or this task's one process.
 start_node() {
-    local python=${PYTHON:-python3} processes nodes=${NNODES:-1} rank=${NODE_RANK:-0}
+    local python=${PYTHON:-python3} name processes nodes=${NNODES:-1} rank=${NODE_RANK:-0}
     [[ $# -gt 0 ]] || stop_with "usage: launch.sh ENTRY_POINT ARGUMENTS..."
     processes=${NUM_GPUS:-$(visible_gpus)}
+    for name in NUM_GPUS NNODES NODE_RANK MASTER_PORT; do
+        [[ ${!name:-0} =~ ^(0|[1-9][0-9]{0,8})$ ]] || stop_with "$name must be a whole number, not '${!name}'"
+    done
     [[ $processes -gt 0 ]] || processes=1
     # A run on the CPU stays there: Slurm shows the job's GPUs to every step anew.
     [[ ${DS_ACCELERATOR:-} != cpu ]] || export CUDA_VISIBLE_DEVICES=
@@ -161,7 +164,10 @@ choose_devices() {
     local visible explicit=${NUM_GPUS-}
     visible=$(visible_gpus)
     HIDDEN_GPUS=$(unset CUDA_VISIBLE_DEVICES && visible_gpus)
-    [[ -z $explicit ]] || require_digits NUM_GPUS
+    if [[ -n $explicit ]]; then
+        require_digits NUM_GPUS
+        require_at_most 999999 NUM_GPUS
+    fi
     if [[ ${SMOKE:-0} == 1 || $explicit == 0 ]]; then
         visible=0
         export CUDA_VISIBLE_DEVICES=
@@ -195,6 +201,11 @@ choose_devices() {
 # LAUNCH, the words before the entry point.
 choose_launcher() {
     local nodes=${NNODES:-1} cpus
+    if [[ -n ${NNODES:-} ]]; then
+        require_whole NNODES
+        require_at_most 999999 NNODES
+    fi
+    [[ -z ${NODE_RANK:-} ]] || require_digits NODE_RANK
     if [[ -z ${LAUNCHER:-} ]]; then
         LAUNCHER=deepspeed
         if [[ ${SLURM_NNODES:-1} -gt 1 ]]; then
@@ -213,6 +224,8 @@ choose_launcher() {
             stop_with "NNODES=$nodes needs MASTER_ADDR and MASTER_PORT (the same on every node) and NODE_RANK (from 0 to $((nodes - 1)))"
     fi
     MASTER_PORT=${MASTER_PORT:-$(free_port)} || exit 2
+    require_whole MASTER_PORT
+    require_at_most 65535 MASTER_PORT
     case $LAUNCHER in
         deepspeed)
             LAUNCH=(deepspeed)

@@ -72,6 +72,7 @@ pretrain_epochs() {
     refuse_unread "which takes DATA_CNT and EPOCH_CNT" FLOPS_FACTOR
     look_up_tokens DATA_CNT
     require_whole DATA_CNT EPOCH_CNT
+    ((DATA_CNT <= 10 ** 15 / EPOCH_CNT)) || stop_with "DATA_CNT=$DATA_CNT x EPOCH_CNT=$EPOCH_CNT is too large: at most 1e15 tokens"
     TRAIN_SAMPLES=$((DATA_CNT * EPOCH_CNT / SEQ_LEN))
     WARMUP_SAMPLES=$((TRAIN_SAMPLES * WARMUP_PERCENT / 100))
     run
@@ -85,6 +86,7 @@ pretrain_budget() {
     require FLOPS_FACTOR
     [[ $FLOPS_FACTOR =~ ^[0-9]+(\.[0-9]+)?$ && $FLOPS_FACTOR =~ [1-9] ]] ||
         stop_with "FLOPS_FACTOR must be a number above 0 (in units of 1e18 FLOPs), not '$FLOPS_FACTOR'"
+    [[ $FLOPS_FACTOR =~ ^0*[0-9]{1,9}(\.|$) ]] || stop_with "FLOPS_FACTOR=$FLOPS_FACTOR is too large: at most 999999999 (1e27 FLOPs)"
     [[ $ROW != d*-* ]] || stop_with "MODEL_PARAM=(${MODEL_PARAM[*]}) is no row of utils/model_params.sh: add it there, so that its size is known"
     local output name value
     output=$("$PYTHON" -m megatron.budget samples --flops-factor "$FLOPS_FACTOR" --model "$ROW" --seq-length "$SEQ_LEN") || exit 2
@@ -94,6 +96,7 @@ pretrain_budget() {
             TRAIN_SAMPLES | WARMUP_SAMPLES) printf -v "$name" %s "$value" ;;
         esac
     done <<<"$output"
+    [[ $DATA_CNT =~ ^.{1,15}$ ]] || stop_with "FLOPS_FACTOR=$FLOPS_FACTOR is too large for $ROW: $DATA_CNT tokens, at most 1e15"
     if [[ $WARMUP_PERCENT != 1 ]]; then
         WARMUP_SAMPLES=$(((TRAIN_SAMPLES * WARMUP_PERCENT + 50) / 100))
         ((WARMUP_SAMPLES >= 100)) || WARMUP_SAMPLES=100
@@ -115,10 +118,17 @@ begin_run() {
     set_defaults
     find_python
     set -u
-    require LR MIN_LR ADAM_BETA1 ADAM_BETA2 WEIGHT_DECAY CLIP_GRAD HIDDEN_DROPOUT ATTENTION_DROPOUT TRAIN_DATA_PATH VALID_DATA_PATH \
-        VOCAB_FILE MERGE_FILE OUTPUT_DIR
+    require TRAIN_DATA_PATH VALID_DATA_PATH VOCAB_FILE MERGE_FILE OUTPUT_DIR
+    require_number LR MIN_LR ADAM_BETA1 ADAM_BETA2 WEIGHT_DECAY CLIP_GRAD HIDDEN_DROPOUT ATTENTION_DROPOUT
+    [[ $CLIP_GRAD =~ ^(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?$ ]] ||
+        stop_with "CLIP_GRAD must be a number as JSON writes it, e.g. 0.5, not '$CLIP_GRAD'"
+    [[ -z $AR_RATIO ]] || require_number AR_RATIO
+    [[ -z $RANDMASK_RATIO ]] || require_number RANDMASK_RATIO
+    [[ -z $NUM_ORDER_LIST ]] || require_whole NUM_ORDER_LIST
     require_whole MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE SEQ_LEN TP_SIZE PP_SIZE LOG_INTERVAL EVAL_INTERVAL EVAL_ITERS SAVE_INTERVAL
     require_digits WARMUP_PERCENT SEED
+    require_at_most 100 WARMUP_PERCENT
+    require_at_most 999999999 MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE SEQ_LEN TP_SIZE PP_SIZE
     require_choice ZERO_STAGE 0 1 2 3
     require_choice CPU_OFFLOAD 0 1
     require_choice CHECKPOINT_ACTIVATIONS 0 1

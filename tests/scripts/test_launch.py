@@ -197,6 +197,9 @@ def test_nodes_without_slurm(sandbox: Any) -> None:
     [
         ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
         ({"NNODES": "2", "MASTER_ADDR": "h"}, "NNODES=2 needs NODE_RANK, this node's number from 0 to 1"),
+        ({"NUM_GPUS": "abc"}, "NUM_GPUS must be a whole number, not 'abc'"),
+        ({"NNODES": "two"}, "NNODES must be a whole number, not 'two'"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT must be a whole number, not '-1'"),
         ({"SLURM_JOB_ID": "1", "SLURM_NNODES": "2"}, "this job has 2 nodes: start launch.sh on each of them with srun"),
     ],
 )

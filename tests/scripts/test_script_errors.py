@@ -16,12 +16,28 @@ BY_ARGUMENT = {
     "EPOCH_CNT=ten": "EPOCH_CNT must be a whole number above 0, not 'ten'",
     "MICRO_BATCH_SIZE=0": "MICRO_BATCH_SIZE must be a whole number above 0, not '0'",
     "WARMUP_PERCENT=0.5": "WARMUP_PERCENT must be a whole number, not '0.5'",
+    "WARMUP_PERCENT=200": "WARMUP_PERCENT must be at most 100, not '200'",
+    "LR=abc": "LR must be a number of 0 or more, not 'abc'",
+    "MIN_LR=-1e-5": "MIN_LR must be a number of 0 or more, not '-1e-5'",
+    "ADAM_BETA2=0,95": "ADAM_BETA2 must be a number of 0 or more, not '0,95'",
+    "CLIP_GRAD=abc": "CLIP_GRAD must be a number of 0 or more, not 'abc'",
+    "CLIP_GRAD=.5": "CLIP_GRAD must be a number as JSON writes it, e.g. 0.5, not '.5'",
+    "HIDDEN_DROPOUT=nan": "HIDDEN_DROPOUT must be a number of 0 or more, not 'nan'",
+    "AR_RATIO=half": "AR_RATIO must be a number of 0 or more, not 'half'",
+    "NUM_ORDER_LIST=0": "NUM_ORDER_LIST must be a whole number above 0, not '0'",
+    "MASTER_PORT=abc": "MASTER_PORT must be a whole number above 0, not 'abc'",
+    "MASTER_PORT=65536": "MASTER_PORT must be at most 65535, not '65536'",
     "ZERO_STAGE=4": "ZERO_STAGE must be one of 0 1 2 3, not '4'",
     "CPU_OFFLOAD=1": "CPU_OFFLOAD=1 needs ZERO_STAGE=1, 2 or 3",
     "PRECISION=fp8": "PRECISION must be one of bf16 fp16 fp32, not 'fp8'",
     "LAUNCHER=mpirun": "LAUNCHER must be one of deepspeed torchrun srun, not 'mpirun'",
     "NUM_GPUS=two": "NUM_GPUS must be a whole number, not 'two'",
+    "NUM_GPUS=999999999": "NUM_GPUS must be at most 999999, not '999999999'",
     "NUM_GPUS=3": "GLOBAL_BATCH_SIZE=256 is no multiple of MICRO_BATCH_SIZE=8 x 3 data-parallel processes",
+    "DATA_CNT=999999999999999999": "DATA_CNT=999999999999999999 is too large: at most 15 digits",
+    "EPOCH_CNT=99999999999": "DATA_CNT=99952399 x EPOCH_CNT=99999999999 is too large: at most 1e15 tokens",
+    "TP_SIZE=1000000000": "TP_SIZE must be at most 999999999, not '1000000000'",
+    "SEED=99999999999999999999": "SEED=99999999999999999999 is too large: at most 15 digits",
     "DATA_CNT=1000": "less than one batch of GLOBAL_BATCH_SIZE=256",
     "VARIANT=a/b": "VARIANT=a/b is a name and must not contain /",
     "TRAIN_DATA_PATH=no such.txt": "TRAIN_DATA_PATH=no such.txt: no such file",
@@ -42,6 +58,35 @@ def _assert_one_line(result: Any, message: str) -> None:
 def test_wrong_settings(argument: str, sandbox: Any) -> None:
     result = sandbox.bash("examples_training/mdm/example_training.sh", argument, DRY_RUN="1")
     _assert_one_line(result, BY_ARGUMENT[argument])
+    assert not (sandbox.path / "ds_configs").exists()
+
+
+DOWNSTREAM = {
+    "NUM_GPUS=abc": "error: NUM_GPUS must be a whole number, not 'abc'\n",
+    "LIMIT=-3": "error: LIMIT must be a whole number above 0, not '-3'\n",
+    "NUM_FEWSHOT=-1": "error: NUM_FEWSHOT must be a whole number, not '-1'\n",
+    "NUM_MC=0": "error: NUM_MC must be a whole number above 0, not '0'\n",
+    "MC_TOLERANCE=x": "error: MC_TOLERANCE must be a number of 0 or more, not 'x'\n",
+}
+
+
+@pytest.mark.parametrize("argument", DOWNSTREAM)
+def test_wrong_downstream_settings(argument: str, sandbox: Any) -> None:
+    result = sandbox.bash("examples_training/mdm/example_downstream.sh", argument, DRY_RUN="1")
+    _assert_one_line(result, DOWNSTREAM[argument])
+
+
+@pytest.mark.parametrize("setting", ["NNODES=two", "NODE_RANK=x", "NODE_RANK=-1"])
+def test_wrong_numbers_of_nodes(setting: str, sandbox: Any) -> None:
+    name, value = setting.split("=")
+    result = sandbox.bash("examples_training/mdm/example_training.sh", DRY_RUN="1", **{name: value})
+    _assert_one_line(result, f"error: {name} must be a whole number")
+
+
+def test_numbers_are_taken_as_python_writes_them(sandbox: Any, parsed: Any) -> None:
+    numbers = {"LR": ".001", "MIN_LR": "1E-5", "ADAM_BETA2": "0.95", "WEIGHT_DECAY": "1.", "CLIP_GRAD": "1e0"}
+    optimizer = parsed(sandbox.dry_run("arm/example_training", **numbers)).optimizer
+    assert (optimizer.lr, optimizer.min_lr, optimizer.weight_decay, optimizer.clip_grad) == (0.001, 1e-5, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("path", ["mdm/example_training", "arm/example_chinchilla", "arm/example_downstream"])
@@ -120,6 +165,14 @@ def test_wrong_edits_are_quoted(edit: tuple[str, str], message: str, sandbox: An
 def test_wrong_budget(value: str, sandbox: Any) -> None:
     copy = sandbox.edited("arm/example_chinchilla", {"FLOPS_FACTOR": value})
     _assert_one_line(sandbox.bash(str(copy), DRY_RUN="1"), "FLOPS_FACTOR")
+
+
+def test_a_budget_that_overflows(sandbox: Any) -> None:
+    script = "examples_training/arm/example_chinchilla.sh"
+    huge = f"FLOPS_FACTOR={'9' * 23}"
+    _assert_one_line(sandbox.bash(script, huge, DRY_RUN="1"), f"{huge} is too large: at most 999999999 (1e27 FLOPs)")
+    result = sandbox.bash(script, "FLOPS_FACTOR=99999999", "MODEL_PARAM=7M", DRY_RUN="1")
+    _assert_one_line(result, "FLOPS_FACTOR=99999999 is too large for 7M: ")
 
 
 def test_a_budget_needs_a_known_size(sandbox: Any) -> None:
