@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -35,9 +36,9 @@ from megatron.distributed.topology import Topology, single_process_topology
 from megatron.errors import UserError
 from megatron.files import finite, write_atomically
 from megatron.inference.generation import unmasking_settings
-from megatron.inference.hub.unmasking import ORDERS
+from megatron.inference.hub.unmasking import ORDERS, Unmasking
 from megatron.inference.likelihood import CHAIN_ORDERS, ESTIMATORS, METHODS, Estimation
-from megatron.inference.loading import load_model
+from megatron.inference.loading import LoadedModel, load_model
 from megatron.inference.scoring import Scorer
 from megatron.initialize import initialize, leave, shut_down
 from tools.fetch_gpt2_vocab import FetchError
@@ -57,16 +58,31 @@ BOUNDS = {
     "num_fewshot": (0, sys.maxsize), "limit": (1, sys.maxsize), "max_mc": (1, sys.maxsize),
     "batch_tokens": (1, sys.maxsize), "bootstrap_iters": (0, sys.maxsize), "seed": (0, 2**32 - 1),  # NumPy's seeds
 }
+ONLY_MDM = (
+    "num_mc", "mc_estimator", "mc_tolerance", "max_mc", "chain_order", "gen_order", "gen_tokens_per_step",
+    "gen_block_length", "gen_guidance",
+)
+ONLY_MC = ("mc_estimator", "max_mc")
+"""Of Monte Carlo alone. ``num_mc`` and ``mc_tolerance`` too, but the downstream scripts give them with every mode."""
 
 
 # ---- flags
+
+
+class Given(argparse.Action):
+    """Stores a value, and in ``given`` that the user gave it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store both."""
+        setattr(namespace, self.dest, values)
+        namespace.given |= {self.dest}
 
 
 def check_flags(flags: argparse.Namespace) -> None:
     """What can be said before anything is read.
 
     Raises:
-        UserError: a number out of range, or a directory that is missing.
+        UserError: a number out of range, a directory that is missing, or a flag that would be ignored.
     """
     for name, (least, most) in BOUNDS.items():
         value = getattr(flags, name)
@@ -76,6 +92,23 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise UserError(f"--mc-tolerance {flags.mc_tolerance} is not a finite number")
     if flags.include_path is not None and not Path(flags.include_path).is_dir():
         raise UserError(f"--include-path {flags.include_path}: no such directory")
+    method, others = ("mc", ONLY_MC) if flags.eval_method == "chain" else ("chain", ("chain_order",))
+    for name in others:
+        if name in flags.given:
+            raise UserError(f"{_flag(name)} is for --eval-method {method}, which {flags.eval_method} is not: drop it")
+
+
+def refuse_other_family(loaded: LoadedModel, flags: argparse.Namespace) -> None:
+    """A flag that an AR model ignores is an error."""
+    if not loaded.causal:
+        return
+    if flags.eval_method != "auto":
+        raise UserError(
+            f"--eval-method {flags.eval_method} is for masked-diffusion models: the likelihood of an AR model is exact"
+        )
+    for name in ONLY_MDM:
+        if name in flags.given:
+            raise UserError(f"{_flag(name)} is for masked-diffusion models, which {flags.load} is not: drop it")
 
 
 def _flag(name: str) -> str:
@@ -204,6 +237,10 @@ def evaluate(flags: argparse.Namespace, topology: Topology) -> dict[str, Any] | 
         max_mc=max(flags.max_mc, flags.num_mc), order=flags.chain_order, log_probs=not flags.only_generate,
         greedy=not flags.only_nll,
     )
+    unmasking = unmasking_settings(
+        order=flags.gen_order, tokens_per_step=flags.gen_tokens_per_step, block_length=flags.gen_block_length,
+        guidance=flags.gen_guidance,
+    )
     with agree_on_error(topology):
         if topology.is_first and flags.output is not None:
             check_output(flags.output)
@@ -213,7 +250,7 @@ def evaluate(flags: argparse.Namespace, topology: Topology) -> dict[str, Any] | 
         if not tasks:
             raise UserError(f"--tasks {','.join(flags.tasks)}: --only-generate or --only-nll leaves none of them")
         check_fewshot(tasks, flags.num_fewshot)
-        model = build_model(flags, topology, estimation)
+        model = build_model(flags, topology, estimation, unmasking)
     loaded = model.loaded
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results
@@ -237,7 +274,9 @@ def evaluate(flags: argparse.Namespace, topology: Topology) -> dict[str, Any] | 
     return dict(results)
 
 
-def build_model(flags: argparse.Namespace, topology: Topology, estimation: Estimation) -> HarnessModel:
+def build_model(
+    flags: argparse.Namespace, topology: Topology, estimation: Estimation, unmasking: Unmasking
+) -> HarnessModel:
     """The checkpoint's model behind lm-eval's interface."""
     from megatron.inference.harness import HarnessModel
 
@@ -245,16 +284,11 @@ def build_model(flags: argparse.Namespace, topology: Topology, estimation: Estim
         flags.load, flags.load_tag, topology.device, DTYPES[flags.dtype or default_dtype(topology.device)],
         tokenizer_config(flags) if tokenizer_named(flags) else None,
     )
-    if loaded.causal and flags.eval_method == "mc":
-        raise UserError("--eval-method mc is for masked-diffusion models: the likelihood of an AR model is exact")
+    refuse_other_family(loaded, flags)
     scorer = Scorer(
         loaded.model, loaded.causal, loaded.needs_tokenizer().eod,
         flags.batch_tokens or default_batch_tokens(topology.device), topology,
         Progress() if topology.is_first and not flags.quiet else None,
-    )
-    unmasking = unmasking_settings(
-        order=flags.gen_order, tokens_per_step=flags.gen_tokens_per_step, block_length=flags.gen_block_length,
-        guidance=flags.gen_guidance,
     )
     return HarnessModel(loaded, scorer, estimation, unmasking, flags.seed)
 
@@ -322,7 +356,8 @@ def names(text: str) -> list[str]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Downstream tasks on a checkpoint.", allow_abbrev=False)
-    add = parser.add_argument
+    parser.set_defaults(given=frozenset())
+    add, mdm = parser.add_argument, functools.partial(parser.add_argument, action=Given)
     add("--load", required=True, metavar="DIR", help="checkpoint directory")
     add("--load-tag", metavar="TAG", help="which checkpoint in it [latest]")
     add("--tasks", required=True, type=names, metavar="A,B", help="names of lm-eval tasks, or paths of YAML files")
@@ -330,18 +365,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-fewshot", type=int, metavar="N", help="examples before each question [the task's]")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--eval-method", choices=METHODS, default="auto", help="MDM: auto is mc [auto]")
-    add("--num-mc", type=int, default=32, metavar="N", help="MDM: Monte Carlo draws [32]")
-    add("--mc-estimator", choices=ESTIMATORS, default="exact", help="MDM: exact counts or Bernoulli masks [exact]")
-    add("--mc-tolerance", type=float, metavar="X", help="MDM: draw on until the standard error is X nats")
-    add("--max-mc", type=int, default=1024, metavar="N", help="with --mc-tolerance: at most N draws [1024]")
-    add("--chain-order", choices=CHAIN_ORDERS, default=CHAIN_ORDERS[0], help="MDM, chain: order [left-to-right]")
+    mdm("--num-mc", type=int, default=32, metavar="N", help="MDM: Monte Carlo draws [32]")
+    mdm("--mc-estimator", choices=ESTIMATORS, default="exact", help="MDM: exact counts or Bernoulli masks [exact]")
+    mdm("--mc-tolerance", type=float, metavar="X", help="MDM: draw on until the standard error is X nats")
+    mdm("--max-mc", type=int, default=1024, metavar="N", help="with --mc-tolerance: at most N draws [1024]")
+    mdm("--chain-order", choices=CHAIN_ORDERS, default=CHAIN_ORDERS[0], help="MDM, chain: order [left-to-right]")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--only-generate", action="store_true", help="only what is decoded, no likelihoods")
     only.add_argument("--only-nll", action="store_true", help="only likelihoods, nothing is decoded")
-    add("--gen-order", choices=ORDERS, default="confidence", help="MDM, generation tasks: order [confidence]")
-    add("--gen-tokens-per-step", type=int, default=1, metavar="N", help="MDM, generation tasks [1]")
-    add("--gen-block-length", type=int, metavar="N", help="MDM, generation tasks: semi-autoregressive blocks")
-    add("--gen-guidance", type=float, default=0.0, metavar="W", help="MDM, generation tasks [0]")
+    mdm("--gen-order", choices=ORDERS, default="confidence", help="MDM, generation tasks: order [confidence]")
+    mdm("--gen-tokens-per-step", type=int, default=1, metavar="N", help="MDM, generation tasks [1]")
+    mdm("--gen-block-length", type=int, metavar="N", help="MDM, generation tasks: semi-autoregressive blocks")
+    mdm("--gen-guidance", type=float, default=0.0, metavar="W", help="MDM, generation tasks [0]")
     add("--batch-tokens", type=int, metavar="N", help="positions of a batch [65536 on a GPU, 4096 on a CPU]")
     add("--dtype", choices=tuple(DTYPES), help="of weights and activations [bf16 on a GPU, fp32 on a CPU]")
     add("--bootstrap-iters", type=int, default=10000, metavar="N", help="resamplings for a perplexity's error [10000]")

@@ -42,6 +42,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> None:
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_only_generate_and_only_nll(
     assert set(found["results"]) == {"last_word", "continue"}
     assert "acc,none" in found["results"]["last_word"] and "perplexity,none" not in found["results"]["last_word"]
     assert found["megatron"]["left_out"] == ["opposites", "passages"] and "left out" in capsys.readouterr().out
-    found = run(directory, tmp_path / "b.json", "--tasks", ALL, "--only-nll", "--num-mc", "4")
+    found = run(directory, tmp_path / "b.json", "--tasks", ALL, "--only-nll")
     assert set(found["results"]) == {"opposites", "last_word", "passages"}
     assert "acc,none" not in found["results"]["last_word"] and "perplexity,none" in found["results"]["last_word"]
     assert "acc,none" in found["results"]["opposites"]
@@ -240,6 +241,46 @@ def test_wrong_input_ends_with_one_line(
         assert main([*flags, "--quiet"]) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--num-mc 32", "--mc-estimator exact", "--mc-tolerance 0.1", "--max-mc 2048", "--gen-order random",
+        "--gen-tokens-per-step 1", "--gen-block-length 4", "--gen-guidance 0",
+    ],
+)
+def test_an_ar_model_refuses_what_it_would_ignore(
+    checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    """Given by the user, that is, also with its default."""
+    from tools.evaluate import main
+
+    directory = str(checkpoint("ar"))
+    assert main(["--load", directory, "--tasks", str(TASKS / "opposites.yaml"), *flag.split()]) == 2
+    refused = f"{flag.split()[0]} is for masked-diffusion models, which {directory} is not: drop it"
+    assert capsys.readouterr().err == f"error: {refused}\n"
+
+
+def test_methods_refuse_the_flags_of_others(
+    checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools.evaluate import main
+
+    task = str(TASKS / "opposites.yaml")
+    for objective, flags, message in (
+        ("ar", "--eval-method chain", "--eval-method chain is for masked-diffusion models: the likelihood of an AR"),
+        ("mdm", "--chain-order random", "--chain-order is for --eval-method chain, which auto is not: drop it"),
+        ("mdm", "--eval-method mc --chain-order random", "--chain-order is for --eval-method chain, which mc is not"),
+        ("mdm", "--eval-method chain --mc-estimator exact", "--mc-estimator is for --eval-method mc, which chain"),
+        ("mdm", "--eval-method chain --max-mc 9", "--max-mc is for --eval-method mc, which chain is not: drop it"),
+    ):
+        assert main(["--load", str(checkpoint(objective)), "--tasks", task, *flags.split(), "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1, error
+    # As MODE=chain of the downstream script has it.
+    flags = "--eval-method chain --only-nll --num-mc 8 --mc-tolerance 0.5 --limit 2 --quiet"
+    assert main(["--load", str(checkpoint("mdm")), "--tasks", task, *flags.split()]) == 0
 
 
 @pytest.mark.parametrize(("split", "most"), [("", 8), ("fewshot_split: test", 7)])
