@@ -202,3 +202,23 @@ PYTHON
             stop_with "GPT-2's vocabulary could not be fetched: put it at $VOCAB_FILE and $MERGE_FILE"
     fi
 }
+
+# A note where a budget needs more tokens than the training data have, so that its one epoch is none. Without data, as a
+# dry run may be, only UNIQUE_TOKENS says how many they are.
+note_epochs() {
+    local tokens
+    tokens=$("$PYTHON" - "$TRAIN_DATA_PATH" 2>/dev/null <<'PYTHON'
+import sys
+
+from megatron.data.data_paths import read_data_path_file
+from megatron.data.indexed_dataset import IndexedDataset
+
+sources = read_data_path_file(sys.argv[1], "TRAIN_DATA_PATH")
+print(sum(IndexedDataset(source.prefix).num_tokens for source in sources))
+PYTHON
+    ) || tokens=
+    [[ -z $UNIQUE_TOKENS || (-n $tokens && $tokens -lt $UNIQUE_TOKENS) ]] || tokens=$UNIQUE_TOKENS
+    [[ -n $tokens && $tokens -gt 0 ]] || return 0
+    ((DATA_CNT <= tokens)) ||
+        echo "note: FLOPS_FACTOR=$FLOPS_FACTOR is $DATA_CNT tokens for $ROW, but the training data have $tokens: they repeat" >&2
+}

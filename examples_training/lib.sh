@@ -151,6 +151,7 @@ run() {
         shrink
     fi
     find_data
+    [[ -z ${FLOPS_FACTOR:-} || $SMOKE == 1 ]] || note_epochs
     check_batch
     build_arguments
     write_deepspeed_config

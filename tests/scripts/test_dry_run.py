@@ -10,9 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron.budget import read_model_table
+from megatron.data.indexed_dataset import IndexedDatasetWriter
 
 FAMILIES = ("arm", "mdm")
 FLOPS_FACTORS = ("6", "10", "30", "100")
@@ -239,6 +241,27 @@ def test_an_edited_script_is_another_run(sandbox: Any) -> None:
         assert sandbox.dry_run("mdm/example_training", same).variant == variants[0], same
     extra = "EXTRA_ARGS=--eod-mask-loss --exit-interval 3"
     assert sandbox.dry_run("mdm/example_training", extra).variant == variants[11]
+
+
+def test_a_budget_beyond_one_epoch_is_noted(sandbox: Any) -> None:
+    with IndexedDatasetWriter(sandbox.path / "d", np.uint16) as writer:
+        writer.add_document(np.zeros(1000, np.uint16))
+    (sandbox.path / "paths.txt").write_text("1.0 d\n", encoding="utf-8")
+    script = "examples_training/mdm/example_chinchilla.sh"
+    settings = {"DRY_RUN": "1", "NUM_GPUS": "0"}
+    noted = "note: FLOPS_FACTOR=10 is 13485740760 tokens for 117M, but the training data have {}: they repeat\n"
+    unknown = sandbox.bash(script, **settings)  # no data here
+    assert unknown.returncode == 0 and "repeat" not in unknown.stderr
+    known = sandbox.bash(script, TRAIN_DATA_PATH="paths.txt", **settings)
+    assert known.returncode == 0 and noted.format(1000) in known.stderr
+    assert known.stdout.startswith("{")
+    first = sandbox.bash(script, TRAIN_DATA_PATH="paths.txt", UNIQUE_TOKENS="500", **settings)
+    assert noted.format(500) in first.stderr
+    assert noted.format(2000) in sandbox.bash(script, UNIQUE_TOKENS="2000", **settings).stderr
+    enough = sandbox.bash(script, UNIQUE_TOKENS="40B", **settings)
+    assert enough.returncode == 0 and "repeat" not in enough.stderr
+    epochs = sandbox.bash("examples_training/mdm/example_training.sh", TRAIN_DATA_PATH="paths.txt", **settings)
+    assert epochs.returncode == 0 and "repeat" not in epochs.stderr  # on purpose
 
 
 def test_a_spooled_copy_runs_from_the_submit_directory(sandbox: Any, tmp_path: Path) -> None:
