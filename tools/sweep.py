@@ -12,6 +12,7 @@ variables.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -296,6 +297,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(options: argparse.Namespace) -> None:
+    if options.dry_run and options.status:
+        raise UserError("--dry-run and --status are two lists: give one of them")
+    if not 0 < options.mfu <= 1:
+        raise UserError(f"--mfu {options.mfu}: it must be above 0 and at most 1")
+    if not 0 < options.peak_tflops < math.inf:
+        raise UserError(f"--peak-tflops {options.peak_tflops}: it must be above 0 and finite")
+
+
 def _selected(options: argparse.Namespace) -> list[Task]:
     if not SCRIPTS.is_dir():
         raise UserError(f"start tools/sweep.py from the repository root, not from {Path.cwd()}")
@@ -315,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = _parser().parse_args(argv)
     try:
+        _check(options)
         planned = plan_all(_selected(options))
         if options.dry_run:
             print_plan(planned, options.mfu, options.peak_tflops)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from waiting import wait_until
 
+from megatron.budget import published_parameter_count, read_model_table
 from megatron.errors import UserError
 from tools import sweep
 from tools.sweep_grids import Task, grids, tasks
@@ -79,6 +80,19 @@ def test_the_grids_hold_what_the_paper_did() -> None:
     decay = tasks(known["weight_decay"], ["arm", "mdm"], {})
     assert len(decay) == 2 * 6 * 4
     assert {"WEIGHT_DECAY": "3.2", "HIDDEN_DROPOUT": "0.3", "ATTENTION_DROPOUT": "0.3"} in [t.settings for t in decay]
+
+
+def test_what_the_guide_says_of_the_data_of_the_chinchilla_grid(repository: Path) -> None:
+    table = read_model_table()
+    needs = {}
+    for task in tasks(grids()["chinchilla"], ["arm", "mdm"], {}):
+        row = table[task.settings["MODEL_PARAM"]]
+        flops = int(task.settings["FLOPS_FACTOR"]) * 10**18
+        needs[task.family, row.name] = flops / 6 / published_parameter_count(row.d_model, row.layers) / 1e9
+    beyond = {run: f"{tokens:.1f}B" for run, tokens in needs.items() if tokens > 41}
+    assert beyond == {("mdm", "217M"): "76.6B", ("mdm", "306M"): "55.4B"}
+    guide = (repository / "examples_training" / "README.md").read_text(encoding="utf-8")
+    assert all(tokens in guide for tokens in beyond.values())
 
 
 def test_set_adds_and_replaces_axes() -> None:
@@ -158,6 +172,13 @@ WRONG = {
     "lr --set SEED": "--set SEED: write NAME=VALUE",
     "lr --set SEED=1,,2": "--set SEED=1,,2: write NAME=VALUE",
     "lr --set DRY_RUN=0": "--set DRY_RUN=0: every run is planned by a dry run",
+    "lr --mfu 0": "--mfu 0.0: it must be above 0 and at most 1",
+    "lr --mfu nan": "--mfu nan: it must be above 0 and at most 1",
+    "lr --mfu 40": "--mfu 40.0: it must be above 0 and at most 1",
+    "lr --peak-tflops 0": "--peak-tflops 0.0: it must be above 0",
+    "lr --peak-tflops -1": "--peak-tflops -1.0: it must be above 0",
+    "lr --peak-tflops inf": "--peak-tflops inf: it must be above 0 and finite",
+    "lr --status": "--dry-run and --status are two lists: give one of them",
     "lr --task 64": "--task 64: the grid has runs 0 to 63",
     "lr --set SEEDS=1": "SEEDS is no variable of the scripts",
 }
