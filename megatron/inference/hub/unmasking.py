@@ -75,7 +75,7 @@ def unmask(
     tokens = torch.where(masked, mask_id, tokens)
     remaining = masked.clone()
     place = torch.cumsum(masked, dim=1) - 1  # [b, s]: how many masked positions of the row come before
-    block = place // (settings.block_length or tokens.shape[1])
+    block = place // min(settings.block_length or tokens.shape[1], tokens.shape[1])
     priority = _priority(settings.order, tokens, generator)
     prompt = ~masked if hidden_prompt is None else hidden_prompt
     while bool(remaining.any()):

@@ -85,6 +85,16 @@ def test_infilling_keeps_what_is_given(checkpoint: Callable[[str], str], capsys:
     assert re.match(r"ab.*cd.*\.", text, re.DOTALL) and "<|mask" not in text
 
 
+def test_a_block_longer_than_any_text_is_one_block(
+    checkpoint: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for flags in ([], ["--block-length", "64"], ["--block-length", "9" * 20]):
+        assert main(["--load", checkpoint("mdm"), "--prompt", "ab", "--max-new-tokens", "8", *flags]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+
+
 def test_holes(tokenizer: Tokenizer) -> None:
     assert encode_with_holes("a<|mask:2|>b<|mask|>", tokenizer, 999) == [97, 999, 999, 98, 999]
     # A space before a hole belongs to it; one behind it is text.
