@@ -22,6 +22,7 @@ import torch
 
 from megatron.config import TokenizerConfig
 from megatron.errors import UserError
+from megatron.files import describe
 from megatron.inference.hf_files import read_directory, write_directory
 from megatron.inference.hf_format import OurModel, from_hugging_face, to_hugging_face
 from megatron.inference.loading import check_tokenizer, describe_checkpoint, find_checkpoint, save_weights
@@ -34,6 +35,11 @@ from tools.fetch_gpt2_vocab import FetchError
 from tools.tokenizer_flags import add_tokenizer_flags, tokenizer_config, tokenizer_named
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SIZES = (
+    "--num-attention-heads", "--vocab-size", "--max-position-embeddings", "--seq-length",
+    "--make-vocab-size-divisible-by",
+)
+_PATHS = ("--input", "--output", "--vocab-file", "--merge-file", "--tokenizer-model")
 
 
 def given_tokenizer(flags: argparse.Namespace) -> TokenizerConfig | None:
@@ -48,7 +54,8 @@ def import_megatron_deepspeed(flags: argparse.Namespace) -> None:
     if tokens is not None and flags.vocab_size not in (None, tokens):
         raise UserError(f"--vocab-size {flags.vocab_size}, but the tokenizer has {tokens} tokens: drop one of them")
     options = ImportOptions(
-        objective=flags.objective, num_attention_heads=flags.num_attention_heads, vocab_size=flags.vocab_size or tokens,
+        objective=flags.objective, num_attention_heads=flags.num_attention_heads,
+        vocab_size=tokens if flags.vocab_size is None else flags.vocab_size,
         max_position_embeddings=flags.max_position_embeddings, layernorm_epsilon=flags.layernorm_epsilon,
         rope_theta=flags.rope_theta, make_vocab_size_divisible_by=flags.make_vocab_size_divisible_by,
     )
@@ -69,10 +76,13 @@ def save(flags: argparse.Namespace, model: OurModel, tokenizer: TokenizerConfig 
     """Write an imported model and say what it is."""
     if tokenizer is not None:
         check_tokenizer(build_tokenizer(tokenizer), model.vocabulary, flags.input)
+    longest = model.config.max_position_embeddings
+    length = longest if flags.seq_length is None else flags.seq_length
+    if length > longest:
+        raise UserError(f"--seq-length {length} exceeds the model's {longest} positions (--max-position-embeddings)")
     path = save_weights(
         flags.output, model.weights, model=model.config, objective=model.objective, vocabulary=model.vocabulary,
-        seq_length=flags.seq_length or model.config.max_position_embeddings, tokenizer=tokenizer,
-        source=str(Path(flags.input).resolve()),
+        seq_length=length, tokenizer=tokenizer, source=str(Path(flags.input).resolve()),
     )
     total = sum(value.numel() for value in model.weights.values())
     print(f"{path}: {model.objective.upper()}, {total:,} parameters, {model.vocabulary.num_tokens:,} tokens "
@@ -130,13 +140,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_sizes(flags: argparse.Namespace) -> None:
+    """Raise UserError for a size below 1."""
+    for flag in _SIZES:
+        value = getattr(flags, flag[2:].replace("-", "_"), None)
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value} is out of range: it must be >= 1")
+
+
+def describe_error(error: Exception, flags: argparse.Namespace) -> str:
+    """One line, with the flag that names the file or directory."""
+    if isinstance(error, OSError) and error.filename is not None:
+        for flag in _PATHS:
+            given = getattr(flags, flag[2:].replace("-", "_"))
+            if given is not None and Path(error.filename).is_relative_to(given):
+                return f"{flag} {error.filename}: {describe(error)}"
+    return str(error).replace("--load ", "--input ", 1).replace("--save ", "--output ", 1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code."""
     flags = build_parser().parse_args(arguments)
     try:
+        check_sizes(flags)
         flags.run(flags)
     except (UserError, FetchError, OSError) as error:
-        print(f"error: {str(error).replace('--load ', '--input ', 1)}", file=sys.stderr)
+        print(f"error: {describe_error(error, flags)}", file=sys.stderr)
         return 2
     return 0
 

@@ -11,10 +11,11 @@ from typing import Any, Final
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
 
 from megatron.config import TokenizerConfig
 from megatron.errors import UserError
-from megatron.files import TEMPORARY, remove, write_json
+from megatron.files import TEMPORARY, describe, remove, write_json
 from megatron.inference import hub
 from megatron.inference.hf_format import MASKED_DIFFUSION, HuggingFaceModel
 from megatron.inference.weights import WEIGHTS_FILE, read_safetensors, write_safetensors
@@ -42,8 +43,11 @@ def write_directory(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists already: name a new directory")
     temporary = output.with_name(f"{TEMPORARY}{output.name}")
-    remove(temporary)
-    temporary.mkdir(parents=True)
+    try:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {describe(error)}") from error
     try:
         weights = {name: value.to(dtype) for name, value in model.weights.items()}
         write_safetensors(temporary / WEIGHTS_FILE, weights, {"format": "pt"})
@@ -72,17 +76,28 @@ def read_directory(directory: Path) -> HuggingFaceModel:
     """
     config = _read_json(directory / "config.json")
     if (directory / WEIGHTS_FILE).is_file():
-        return HuggingFaceModel(config, read_safetensors(directory / WEIGHTS_FILE))
+        return HuggingFaceModel(config, _read_weights(directory / WEIGHTS_FILE))
     if not (directory / _INDEX).is_file():
         pickled = next(directory.glob("*.bin"), None)
         remedy = f"; {pickled.name} is pickled: save the model as safetensors" if pickled is not None else ""
         raise UserError(f"{directory} has no {WEIGHTS_FILE}{remedy}")
+    places = _read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{directory / _INDEX} is damaged: weight_map does not say which tensor is in which file")
+    files = {name: _read_weights(directory / Path(name).name) for name in sorted(set(places.values()))}
     try:
-        places = _read_json(directory / _INDEX)["weight_map"]
-        files = {name: read_safetensors(directory / Path(name).name) for name in sorted(set(places.values()))}
         return HuggingFaceModel(config, {tensor: files[name][tensor] for tensor, name in places.items()})
-    except (KeyError, AttributeError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"{directory / _INDEX} does not fit its files: {error} is missing") from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb"):  # safetensors takes whatever it cannot open for missing
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {describe(error)}") from error
+    return read_safetensors(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -90,7 +105,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name a Hugging Face model directory") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {describe(error)}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: not a JSON object")

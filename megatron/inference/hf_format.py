@@ -9,7 +9,9 @@ Nothing here imports transformers: a model directory is JSON and safetensors.
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -40,6 +42,8 @@ _LLAMA_PLAIN: Final = {
 
 _BUFFER: Final = re.compile(r"rotary_emb\.inv_freq$|\bh\.\d+\.attn\.(masked_)?bias$")
 """Values that older versions stored with the parameters."""
+
+_REQUIRED: Final = object()
 
 
 @dataclass(frozen=True)
@@ -254,10 +258,14 @@ def from_hugging_face(theirs: HuggingFaceModel, divisible_by: int) -> OurModel:
             raise UserError(f"model_type {kind!r} is none of {', '.join(MODEL_TYPES)}: such a model has no form here")
         _check_unused(unused, ours[EMBEDDING], config)
         objective = "mdm" if kind == MASKED_DIFFUSION else "ar"
-        tokens = int(theirs.config["mask_token_id"] if objective == "mdm" else theirs.config["vocab_size"])
+        tokens = _whole(theirs.config, "mask_token_id" if objective == "mdm" else "vocab_size")
+        rows = tokens + (objective == "mdm")
+        if _whole(theirs.config, "vocab_size", rows) != rows:
+            raise UserError(f"config.json: mask_token_id {tokens} is not the last of vocab_size")
         vocabulary = build_vocabulary(tokens, divisible_by)
         for name in (EMBEDDING, f"layers.{config.num_layers + 2}.weight"):
             if name in ours:
+                _check_shape("the embedding" if name == EMBEDDING else "the head", ours[name], rows, config.hidden_size)
                 ours[name] = _pad(ours[name], vocabulary.padded_size)
     except KeyError as error:
         raise UserError(f"the {kind} model lacks {error}: config.json and weights do not belong together") from error
@@ -274,19 +282,22 @@ def _expect(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) 
 def _from_llama_config(config: Mapping[str, Any], divisible_by: int) -> ModelConfig:
     _expect(config, {"hidden_act": ("silu",), "rope_scaling": (None,)})
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"config.json: rope_parameters {json.dumps(rope)} is not an object")
     _expect(rope, {"rope_type": ("default",), "partial_rotary_factor": (1.0, None)})
-    biased = bool(config.get("attention_bias", False))
-    if biased != bool(config.get("mlp_bias", False)):
+    biased = _truth(config, "attention_bias", False)
+    if biased != _truth(config, "mlp_bias", False):
         raise UserError("config.json: attention_bias and mlp_bias differ; here all linear layers have biases or none")
-    heads = int(config["num_attention_heads"])
-    return ModelConfig(
-        num_layers=config["num_hidden_layers"], hidden_size=config["hidden_size"], num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads, kv_channels=config.get("head_dim"),
-        ffn_hidden_size=config["intermediate_size"], max_position_embeddings=config["max_position_embeddings"],
-        use_rotary_position_embeddings=True, rope_theta=float(rope["rope_theta"]), normalization="rmsnorm",
-        layernorm_epsilon=config["rms_norm_eps"], swiglu=True, disable_bias_linear=not biased,
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-        init_method_std=config.get("initializer_range", 0.02), make_vocab_size_divisible_by=divisible_by,
+    heads = _whole(config, "num_attention_heads")
+    return _model(
+        num_layers=_whole(config, "num_hidden_layers"), hidden_size=_whole(config, "hidden_size"),
+        num_attention_heads=heads, num_key_value_heads=_whole(config, "num_key_value_heads", None) or heads,
+        kv_channels=_whole(config, "head_dim", None), ffn_hidden_size=_whole(config, "intermediate_size"),
+        max_position_embeddings=_whole(config, "max_position_embeddings"), use_rotary_position_embeddings=True,
+        rope_theta=_positive(rope, "rope_theta"), normalization="rmsnorm",
+        layernorm_epsilon=_positive(config, "rms_norm_eps"), swiglu=True, disable_bias_linear=not biased,
+        untie_embeddings_and_output_weights=not _truth(config, "tie_word_embeddings", False),
+        init_method_std=_positive(config, "initializer_range", 0.02), make_vocab_size_divisible_by=divisible_by,
     )
 
 
@@ -295,25 +306,70 @@ def _from_gpt2_config(config: Mapping[str, Any], divisible_by: int) -> ModelConf
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     })
-    return ModelConfig(
-        num_layers=config["n_layer"], hidden_size=config["n_embd"], num_attention_heads=config["n_head"],
-        ffn_hidden_size=config.get("n_inner") or 4 * config["n_embd"], max_position_embeddings=config["n_positions"],
-        layernorm_epsilon=config.get("layer_norm_epsilon", 1e-5),
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", True),
-        init_method_std=config.get("initializer_range", 0.02), make_vocab_size_divisible_by=divisible_by,
+    width = _whole(config, "n_embd")
+    return _model(
+        num_layers=_whole(config, "n_layer"), hidden_size=width, num_attention_heads=_whole(config, "n_head"),
+        ffn_hidden_size=_whole(config, "n_inner", None) or 4 * width,
+        max_position_embeddings=_whole(config, "n_positions"),
+        layernorm_epsilon=_positive(config, "layer_norm_epsilon", 1e-5),
+        untie_embeddings_and_output_weights=not _truth(config, "tie_word_embeddings", True),
+        init_method_std=_positive(config, "initializer_range", 0.02), make_vocab_size_divisible_by=divisible_by,
     )
 
 
 def _from_diffusion_config(config: Mapping[str, Any], divisible_by: int) -> ModelConfig:
-    return ModelConfig(
-        num_layers=config["num_hidden_layers"], hidden_size=config["hidden_size"],
-        num_attention_heads=config["num_attention_heads"], num_key_value_heads=config["num_key_value_heads"],
-        kv_channels=config["head_dim"], ffn_hidden_size=config["intermediate_size"],
-        max_position_embeddings=config["max_position_embeddings"], use_rotary_position_embeddings=config["rotary"],
-        rope_theta=config["rotary_base"], normalization=config["normalization"], layernorm_epsilon=config["norm_eps"],
-        swiglu=config["swiglu"], disable_bias_linear=not config["linear_bias"],
-        untie_embeddings_and_output_weights=config["untied_head"], make_vocab_size_divisible_by=divisible_by,
+    _expect(config, {"normalization": ("rmsnorm", "layernorm")})
+    return _model(
+        num_layers=_whole(config, "num_hidden_layers"), hidden_size=_whole(config, "hidden_size"),
+        num_attention_heads=_whole(config, "num_attention_heads"),
+        num_key_value_heads=_whole(config, "num_key_value_heads", None), kv_channels=_whole(config, "head_dim", None),
+        ffn_hidden_size=_whole(config, "intermediate_size"),
+        max_position_embeddings=_whole(config, "max_position_embeddings"),
+        use_rotary_position_embeddings=_truth(config, "rotary"), rope_theta=_positive(config, "rotary_base"),
+        normalization=config["normalization"], layernorm_epsilon=_positive(config, "norm_eps"),
+        swiglu=_truth(config, "swiglu"), disable_bias_linear=not _truth(config, "linear_bias"),
+        untie_embeddings_and_output_weights=_truth(config, "untied_head"), make_vocab_size_divisible_by=divisible_by,
     )
+
+
+def _model(**values: Any) -> ModelConfig:
+    try:
+        return ModelConfig(**values)
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from error
+
+
+def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    if key not in config and default is _REQUIRED:
+        raise UserError(f"config.json has no {key}")
+    return config.get(key, default)
+
+
+def _whole(config: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> Any:
+    """A whole number of at least 1, or null where that is the default."""
+    value = _value(config, key, default)
+    if (value is not None or default is not None) and (type(value) is not int or value < 1):
+        raise UserError(f"config.json: {key} {json.dumps(value)} is not a whole number of at least 1")
+    return value
+
+
+def _positive(config: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> float:
+    value = _value(config, key, default)
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise UserError(f"config.json: {key} {json.dumps(value)} is not a number above 0")
+    return float(value)
+
+
+def _truth(config: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> bool:
+    value = _value(config, key, default)
+    if not isinstance(value, bool):
+        raise UserError(f"config.json: {key} {json.dumps(value)} is neither true nor false")
+    return value
+
+
+def _check_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    if tensor.shape != shape:
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}, but config.json says {shape}")
 
 
 def _check_unused(unused: Mapping[str, Tensor], embedding: Tensor, config: ModelConfig) -> None:
@@ -338,13 +394,22 @@ def _from_llama(theirs: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     }
     if config.untie_embeddings_and_output_weights:
         ours[f"layers.{config.num_layers + 2}.weight"] = theirs.pop("lm_head.weight")
+    keys = config.num_kv_heads * config.head_size
+    fused = {
+        "self_attention.query_key_value": {
+            "self_attn.q_proj": config.num_attention_heads * config.head_size,
+            "self_attn.k_proj": keys, "self_attn.v_proj": keys,
+        },
+        "mlp.dense_h_to_4h": {"mlp.gate_proj": config.ffn_size, "mlp.up_proj": config.ffn_size},
+    }
     for i in range(config.num_layers):
         layer, block = f"model.layers.{i}.", f"layers.{i + 1}."
         for part in ("weight",) if config.disable_bias_linear else ("weight", "bias"):
-            qkv = [theirs.pop(f"{layer}self_attn.{x}_proj.{part}") for x in "qkv"]
-            gate_up = [theirs.pop(f"{layer}mlp.{x}_proj.{part}") for x in ("gate", "up")]
-            ours[f"{block}self_attention.query_key_value.{part}"] = torch.cat(qkv)
-            ours[f"{block}mlp.dense_h_to_4h.{part}"] = torch.cat(gate_up)
+            for new, rows in fused.items():
+                pieces = {f"{layer}{old}.{part}": count for old, count in rows.items()}
+                for name, count in pieces.items():
+                    _check_shape(name, theirs[name], count, *([config.hidden_size] if part == "weight" else []))
+                ours[f"{block}{new}.{part}"] = torch.cat([theirs.pop(name) for name in pieces])
             for old, new in _LLAMA_PLAIN.items():
                 if part == "weight" or "norm" not in new:
                     ours[f"{block}{new}.{part}"] = theirs.pop(f"{layer}{old}.{part}")

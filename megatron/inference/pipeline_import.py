@@ -25,13 +25,18 @@ from torch import Tensor
 
 from megatron.config import ModelConfig
 from megatron.errors import UserError
-from megatron.files import read_text
+from megatron.files import describe, read_text
 from megatron.inference.safe_load import load_file
 from megatron.tokenizer import Vocabulary, build_vocabulary
 
 _FILE: Final = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _NO_WEIGHTS: Final = ("inv_freq", "_extra_state")
 _SPLIT: Final = ("query_key_value.weight", "query_key_value.bias", "dense_h_to_4h.weight", "dense_h_to_4h.bias")
+_EMBEDDING: Final = ("word_embeddings.weight",)
+_BLOCK: Final = (
+    "self_attention.query_key_value.weight", "self_attention.dense.weight", "mlp.dense_h_to_4h.weight",
+    "mlp.dense_4h_to_h.weight",
+)
 
 Layer = list[dict[str, Tensor]]
 """One pipeline layer: its tensors by name, a mapping for each tensor-parallel rank."""
@@ -98,9 +103,13 @@ def import_pipeline_checkpoint(directory: Path, options: ImportOptions) -> Impor
 
 def _resolve(directory: Path) -> Path:
     """``directory`` if it holds layer files, else the one that its ``latest`` file names."""
-    if not any(directory.glob("layer_*")) and (latest := read_text(directory / "latest")) is not None:
-        return directory / latest.strip()
-    return directory
+    if any(directory.glob("layer_*")):
+        return directory
+    try:
+        latest = read_text(directory / "latest")
+    except OSError as error:
+        raise UserError(f"--input {directory / 'latest'} cannot be read: {describe(error)}") from error
+    return directory if latest is None else directory / latest.strip()
 
 
 def read_layers(directory: Path) -> dict[int, Layer]:
@@ -141,7 +150,9 @@ def _recorded_layers(directory: Path) -> int | None:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     state = load_file(path)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor | None) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor | None) for name, value in state.items()
+    ):
         raise UserError(f"{path} is not a layer of a pipeline checkpoint: it holds more than named tensors")
     return {
         name.replace("attention.", "self_attention.", 1) if name.startswith("attention.") else name: value
@@ -168,6 +179,10 @@ def _by_role(layers: Mapping[int, Layer], directory: Path) -> tuple[Layer, list[
     absent = _absent(numbers, count)
     if absent is not None:
         raise UserError(f"{where} {_file_name(absent, 0)} is missing, or empty: found layers {_ranges(numbers)}")
+    for number, layer, expected in zip(numbers, filled, [_EMBEDDING, *[_BLOCK] * count, (), ()], strict=False):
+        _check_matrices(f"{where} layer_{number:02d}", layer, expected)
+    if len(tail) == 2:
+        _check_matrices(f"{where} layer_{numbers[-1]:02d}", tail[1], tuple(tail[1][0]))
     shapes = {
         tuple((name, value.shape) for name, value in sorted(rank.items()))
         for block in filled[1 : 1 + count] for rank in block
@@ -175,6 +190,17 @@ def _by_role(layers: Mapping[int, Layer], directory: Path) -> tuple[Layer, list[
     if len(shapes) != 1:
         raise UserError(f"{where} transformer layers differ in shape: files of several checkpoints are mixed")
     return filled[0], filled[1 : 1 + count], tail
+
+
+def _check_matrices(where: str, layer: Layer, names: Sequence[str]) -> None:
+    """The ranks hold tensors of the same names and shapes, among them matrices called ``names``."""
+    for name in names:
+        if name not in layer[0] or layer[0][name].dim() != 2:
+            found = f"shape {tuple(layer[0][name].shape)}" if name in layer[0] else "nothing"
+            raise UserError(f"{where}: {name} must be a matrix, found {found}")
+    shapes = {tuple((name, value.shape) for name, value in sorted(rank.items())) for rank in layer}
+    if len(shapes) != 1:
+        raise UserError(f"{where}: tensor-parallel ranks differ in shape: files of several checkpoints are mixed")
 
 
 def _absent(numbers: Sequence[int], blocks: int) -> int | None:
@@ -212,7 +238,9 @@ def _infer(
             f"--num-attention-heads {heads} does not fit: attention is {projected} wide, with {mixed} rows of q, k and "
             f"v on {len(block)} tensor-parallel ranks"
         )
-    length = options.max_position_embeddings or (2048 if positions is None else len(positions))
+    length = options.max_position_embeddings
+    if length is None:
+        length = 2048 if positions is None else len(positions)
     if positions is not None and length != len(positions):
         raise UserError(f"--max-position-embeddings {length}, but {len(positions)} positions were learned")
     return ModelConfig(
@@ -241,8 +269,8 @@ def _vocabulary(rows: int, ranks: int, options: ImportOptions) -> Vocabulary:
     if rows - tokens > padding:
         raise UserError(
             f"--vocab-size {tokens} (or the tokenizer) leaves out {rows - tokens} rows of the embedding, of {rows}: "
-            f"more than the {padding} that padding can add (128, or --make-vocab-size-divisible-by, for each of {ranks} "
-            "tensor-parallel ranks)"
+            f"more than the {padding} that padding can add (128, or --make-vocab-size-divisible-by, for each of the "
+            f"{ranks} tensor-parallel ranks)"
         )
     return build_vocabulary(tokens, options.make_vocab_size_divisible_by)
 
@@ -266,6 +294,8 @@ def _merge_block(block: Layer, config: ModelConfig) -> dict[str, Tensor]:
 
 def _interleaved(layer: Layer, name: str, sections: Sequence[int]) -> Tensor:
     """Rows [a_0; b_0], [a_1; b_1], ... of the ranks -> [a_0; a_1; ...; b_0; b_1; ...]."""
+    if len(layer[0][name]) != sum(sections):
+        raise UserError(f"{name} has {len(layer[0][name])} rows on a rank, its layer asks for {sum(sections)}")
     parts = [rank[name].split(list(sections)) for rank in layer]
     return torch.cat([torch.cat(section) for section in zip(*parts, strict=True)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -328,6 +329,71 @@ def test_no_more_rows_of_the_vocabulary_are_cut_than_padding_added(
             "--make-vocab-size-divisible-by", 512)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-attention-heads", "0"), "--num-attention-heads 0 is out of range: it must be >= 1"),
+        (("--vocab-size", "0"), "--vocab-size 0 is out of range: it must be >= 1"),
+        (("--max-position-embeddings", "0"), "--max-position-embeddings 0 is out of range: it must be >= 1"),
+        (("--seq-length", "0"), "--seq-length 0 is out of range: it must be >= 1"),
+        (("--seq-length", "-3"), "--seq-length -3 is out of range: it must be >= 1"),
+        (("--seq-length", "65"), "--seq-length 65 exceeds the model's 64 positions (--max-position-embeddings)"),
+        (("--output", "/proc/x"), "--output /proc/x cannot be written: "),
+    ],
+)
+def test_sizes_out_of_range_and_a_closed_output_are_named_by_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
+) -> None:
+    config = ModelConfig(**GPT2)
+    write_pipeline(tmp_path / "theirs", random_weights(config, 128), config, 1)
+    common = ("--objective", "ar", "--input", tmp_path / "theirs", "--output", tmp_path / "ours")
+    assert f"error: {message}" in import_error(capsys, *common, *flags)
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (1, {"word_embeddings.weight": torch.zeros(4096)}, "layer_01: word_embeddings.weight must be a matrix"),
+        (2, {"self_attention.dense.weight": None}, "layer_02: self_attention.dense.weight must be a matrix, found"),
+        (2, {"self_attention.query_key_value.weight": torch.zeros(96)}, "must be a matrix, found shape (96,)"),
+        (3, {"self_attention.query_key_value.bias": torch.zeros(5)}, "differ in shape"),
+        (5, {"weight": torch.zeros(32)}, "layer_05: weight must be a matrix, found shape (32,)"),
+        (5, {3: torch.zeros(32)}, "it holds more than named tensors"),
+        (9, {"weight": torch.zeros(32)}, "layer_05-model_00-model_states.pt is missing, or empty: found layers 1-4, 9"),
+    ],
+)
+def test_layers_of_another_form_end_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, change: dict[Any, Any], message: str
+) -> None:
+    config = ModelConfig(**GPT2)
+    write_pipeline(tmp_path / "theirs", random_weights(config, 128), config, 1)
+    path = tmp_path / "theirs" / f"layer_{number:02d}-model_00-model_states.pt"
+    state = torch.load(path, weights_only=True) if path.exists() else {}
+    torch.save(state | change, path)
+    flags = ("--objective", "ar", "--input", tmp_path / "theirs", "--output", tmp_path / "ours")
+    assert message in import_error(capsys, *flags)
+
+
+def test_biases_of_another_length_and_a_latest_that_is_a_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ModelConfig(**GPT2 | {"num_layers": 1})
+    weights = random_weights(config, 128)
+    weights["layers.1.mlp.dense_h_to_4h.bias"] = torch.zeros(5)
+    write_pipeline(tmp_path / "theirs", weights, config, 1)
+    flags = ("--objective", "ar", "--output", tmp_path / "ours")
+    assert "mlp.dense_h_to_4h.bias has 5 rows on a rank, its layer asks for 128" in import_error(
+        capsys, *flags, "--input", tmp_path / "theirs"
+    )
+    (tmp_path / "latest").mkdir()
+    assert f"--input {tmp_path / 'latest'} cannot be read: Is a directory" in import_error(
+        capsys, *flags, "--input", tmp_path
+    )
+    assert main(["to-hf", "--input", str(tmp_path), "--output", str(tmp_path / "hf")]) == 2
+    assert f"error: --input {tmp_path / 'latest'}: Is a directory" in capsys.readouterr().err
+
+
 def test_wrong_or_mixed_files_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ModelConfig(**LLAMA)
     theirs, output = tmp_path / "theirs", tmp_path / "ours"
@@ -449,6 +515,75 @@ def test_tensors_that_the_configuration_does_not_use_are_refused(
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": embedding}
     write_safetensors(theirs / "model.safetensors", weights | buffers)
     convert("from-hf", "--input", theirs, "--output", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("objective", "change", "message"),
+    [
+        ("ar", {"num_attention_heads": "four"}, 'num_attention_heads "four" is not a whole number of at least 1'),
+        ("ar", {"hidden_size": None}, "hidden_size null is not a whole number"),
+        ("ar", {"num_hidden_layers": 2.0}, "num_hidden_layers 2.0 is not a whole number"),
+        ("ar", {"max_position_embeddings": 0}, "max_position_embeddings 0 is not a whole number of at least 1"),
+        ("ar", {"vocab_size": "x"}, 'vocab_size "x" is not a whole number'),
+        ("ar", {"rms_norm_eps": "1e-5"}, 'rms_norm_eps "1e-5" is not a number above 0'),
+        ("ar", {"rope_parameters": 3}, "rope_parameters 3 is not an object"),
+        ("ar", {"rope_parameters": {"rope_theta": "x"}}, 'rope_theta "x" is not a number above 0'),
+        ("ar", {"tie_word_embeddings": "no"}, 'tie_word_embeddings "no" is neither true nor false'),
+        ("ar", {"num_key_value_heads": 3}, "--num-key-value-heads 3 does not divide"),
+        ("mdm", {"mask_token_id": "a"}, 'mask_token_id "a" is not a whole number'),
+        ("mdm", {"mask_token_id": 10}, "mask_token_id 10 is not the last of vocab_size"),
+        ("mdm", {"rotary": "yes"}, 'rotary "yes" is neither true nor false'),
+        ("mdm", {"normalization": None}, "normalization None has no counterpart here"),
+    ],
+)
+def test_values_of_config_json_are_checked_by_key(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    objective: str, change: dict[str, Any], message: str,
+) -> None:
+    theirs = tmp_path / "hf"
+    convert("to-hf", "--input", make_checkpoint(objective, **LLAMA), "--output", theirs)
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | change))
+    capsys.readouterr()
+    assert main(["from-hf", "--input", str(theirs), "--output", str(tmp_path / "back")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: config.json: {message}") and error.count("\n") == 1
+
+
+def test_tensors_of_another_shape_and_unreadable_files_are_named(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = make_checkpoint("ar", **LLAMA), tmp_path / "hf"
+    assert main(["to-hf", "--input", str(ours), "--output", "/proc/x"]) == 2
+    assert "error: --output /proc/x cannot be written: " in capsys.readouterr().err
+    convert("to-hf", "--input", ours, "--output", theirs)
+    path = theirs / "model.safetensors"
+    weights = read_safetensors(path)
+
+    def error() -> str:
+        assert main(["from-hf", "--input", str(theirs), "--output", str(tmp_path / "back")]) == 2
+        return capsys.readouterr().err
+
+    write_safetensors(path, weights | {"model.embed_tokens.weight": torch.zeros(257)})
+    assert "the embedding has shape (257,), but config.json says (257, 32)" in error()
+    write_safetensors(path, weights | {"model.embed_tokens.weight": torch.zeros(600, 32)})
+    assert "the embedding has shape (600, 32), but config.json says (257, 32)" in error()
+    write_safetensors(path, weights | {"model.layers.1.self_attn.k_proj.weight": torch.zeros(16, 8)})
+    assert "model.layers.1.self_attn.k_proj.weight has shape (16, 8), but config.json says (16, 32)" in error()
+    path.rename(theirs / "model-00001-of-00001.safetensors")
+    (theirs / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    assert "weight_map does not say which tensor is in which file" in error()
+    write_safetensors(path, weights)
+    opened = Path.open
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root can open everything
+    assert f"error: {path} cannot be read: Permission denied" in error()
 
 
 def test_output_is_never_overwritten(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
