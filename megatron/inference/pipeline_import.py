@@ -12,7 +12,6 @@ Layers without weights have no file: none behind the embedding and none before t
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -134,13 +133,17 @@ def _file_name(index: int, rank: int) -> str:
     return f"layer_{index:02d}-model_{rank:02d}-model_states.pt"
 
 
+class _Arguments:
+    """Stands for the record of attributes that holds a run's flags."""
+
+
 def _recorded_layers(directory: Path) -> int | None:
     """``--num-layers`` of the run that saved the files, None where nothing readable says it."""
     path = directory / "mp_rank_00_model_states.pt"
     if not path.is_file():
         return None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a record of attributes, which runs nothing
+        with torch.serialization.safe_globals([(_Arguments, "argparse.Namespace")]):
             state = load_file(path)
     except UserError:  # arguments that hold objects of that program
         return None
