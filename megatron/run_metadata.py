@@ -137,9 +137,7 @@ def check_compatible(
                 f"{config.objective.objective}: use the other one"
             )
     elif not finetune:
-        order = _differences(saved.data_order, _data_order(config))
-        if saved.objective != config.objective.objective:
-            order.append(f"objective {saved.objective} -> {config.objective.objective}")
+        order = _differences(saved.data_order, _data_order(config)) + _other_objective(saved, config)
         if order and not different:
             raise UserError(
                 f"--load: checkpoint {saved.tag} cannot be continued with {'; '.join(order)}: "
@@ -153,10 +151,12 @@ def check_compatible(
 
 def other_model(saved: CheckpointMetadata, config: RunConfig, vocabulary: Vocabulary) -> list[str]:
     """Return ``flag old -> new`` for all in which the model of a checkpoint, or what it was trained for, is another."""
-    different = _differences(saved.shape, model_shape(config.model, vocabulary))
-    if saved.objective != config.objective.objective:
-        different.append(f"objective {saved.objective} -> {config.objective.objective}")
-    return different
+    return _differences(saved.shape, model_shape(config.model, vocabulary)) + _other_objective(saved, config)
+
+
+def _other_objective(saved: CheckpointMetadata, config: RunConfig) -> list[str]:
+    old, new = saved.objective, config.objective.objective
+    return [] if old == new else [f"objective {old} -> {new}"]
 
 
 def changed_settings(saved: CheckpointMetadata, config: RunConfig) -> list[str]:

@@ -60,11 +60,19 @@ class Run:
         """The flags by which its losses are not those of the text alone."""
         return list(self.meta.get("loss_conditions", []))
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether its losses are upper bounds of the true ones."""
+        return self.meta["objective"] == "mdm" and not self.conditions
+
     def loss(self, event: dict[str, Any]) -> str:
-        """A loss with its standard error, if more than one window says one; a bound is called one."""
-        bound = "<= " if self.meta["objective"] == "mdm" and not self.conditions else ""
-        error = "" if event["stderr"] is None else f" +/- {event['stderr']:.3f}"
-        return f"{bound}{event['loss']:.3f}{error}"
+        """A loss as :func:`with_error` writes it; a bound is called one."""
+        return ("<= " if self.is_bound else "") + with_error(event)
+
+
+def with_error(event: dict[str, Any], sign: str = "+/-") -> str:
+    """The loss of a validation event with its standard error, if more than one window says one."""
+    return f"{event['loss']:.3f}" + ("" if event["stderr"] is None else f" {sign} {event['stderr']:.3f}")
 
 
 def load_run(argument: str) -> Run:
@@ -118,7 +126,7 @@ def remarks(runs: list[Run]) -> list[str]:
         said.append(f"NOT THE SAME WINDOWS, so losses do not compare (windows: {counts}).")
     else:
         said.append("Losses are nats per token; older files do not say whether on the same windows.")
-    if any("<=" in run.loss(run.best) for run in runs):
+    if any(run.is_bound for run in runs):
         said.append("'<=': an MDM loss is an upper bound (negative ELBO) of its true loss.")
     said += [
         f"{run.label}: not the loss of the text alone ({', '.join(run.conditions)}); it compares with runs of the same "
@@ -169,7 +177,7 @@ def plot(runs: list[Run], path: Path) -> None:
             losses,
             style,
             color=color,
-            label=f"{run.label}: best {run.loss(run.best).replace('<= ', '').replace('+/-', '±')}",
+            label=f"{run.label}: best {with_error(run.best, '±')}",
         )
         low = [loss - error for loss, error in zip(losses, errors, strict=True)]
         high = [loss + error for loss, error in zip(losses, errors, strict=True)]
